@@ -1,0 +1,66 @@
+# Two commands for everybody (demo, test), the rest for authors. `make help` lists them.
+VENV := .venv
+BIN := $(VENV)/bin
+EXTRAS ?= dev
+DEV = $(VENV)/.$(EXTRAS)
+SUPPORTED := import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))
+PYTHON ?= $(shell for p in python3.11 python3 python3.12 python3.13; do $$p -c '$(SUPPORTED)' 2>/dev/null && { echo $$p; break; }; done)
+FAILED = { echo "make $@: $(1)" >&2; exit 1; }
+WHY = $$(grep -aoh 'ERROR: .*' $(VENV)/pip.log | tail -n 1)
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+
+.PHONY: help demo test book chapter sync hooks clean
+
+help: ## list these commands
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+demo: $(VENV)/.demo ## install the package, fetch a small model, continue a prompt
+	@llama-nb generate -m smollm2-135m-instruct -p "The best way to attract bees" -n 40 --temp 0
+
+test: $(DEV) ## pass every test: package in step, strict book build (runs all chapters), pytest
+	@echo "==> is the package in step with the notebooks?"
+	@python tests/test_sync.py || $(call FAILED,the package is out of step with the notebooks; \`make sync\` mends that)
+	@$(MAKE) --no-print-directory book; built=$$?; \
+	echo "==> pytest"; python -m pytest tests && exit $$built
+
+book: $(DEV) ## build book/_build/html, executing the chapters that changed
+	@echo "==> building the book (executes the chapters: several minutes the first time)"
+	@jupyter-book build . --config book/_config.yml --path-output book -n -W --keep-going \
+	|| $(call FAILED,the book does not build; each WARNING or ERROR above names the page and the reason)
+	@echo "The book: $(CURDIR)/book/_build/html/index.html"
+
+chapter: $(DEV) ## N=06_rope: export, run the notebook in place, clean it, rebuild its page
+	@test -f "nbs/$(N).ipynb" || $(call FAILED,which one? For example: make chapter N=06_rope (no nbs/$(N).ipynb here))
+	@echo "==> exporting";         nbdev_export || $(call FAILED,nbdev_export failed)
+	@echo "==> running nbs/$(N)";  jupyter execute --inplace "nbs/$(N).ipynb" || $(call FAILED,nbs/$(N).ipynb stops with the error above)
+	@nbdev_clean --fname "nbs/$(N).ipynb" || $(call FAILED,nbdev_clean failed)
+	@$(MAKE) --no-print-directory book
+	@echo "The page: $(CURDIR)/book/_build/html/nbs/$(N).html"
+
+sync: $(DEV) ## bring the package in step with the notebooks, and clean these
+	@nbdev_export && nbdev_clean
+
+hooks: $(DEV) ## install the git and Jupyter hooks that keep notebooks clean and the package in step
+	@nbdev_install_hooks
+	@install -m 755 .githooks/pre-commit "$$(git rev-parse --git-path hooks)/pre-commit"
+
+clean: ## remove what was built (.venv and the per-user cache of weights stay)
+	@rm -rf book/_build build dist *.egg-info .pytest_cache
+
+$(VENV)/.demo: pyproject.toml | $(BIN)/python
+	@echo "==> installing llama_nb and its pins into $(VENV) (about 700 MB the first time)"
+	@rm -f $(VENV)/pip.log
+	@python -m pip install --log $(VENV)/pip.log -e . || $(call FAILED,pip could not install the package: $(WHY))
+	@touch $@
+
+$(DEV): pyproject.toml | $(BIN)/python
+	@echo "==> installing llama_nb[$(EXTRAS)] into $(VENV) (about 1 GB the first time)"
+	@rm -f $(VENV)/pip.log
+	@python -m pip install --log $(VENV)/pip.log -e ".[$(EXTRAS)]" || $(call FAILED,pip could not install the package: $(WHY))
+	@touch $@ $(VENV)/.demo
+
+$(BIN)/python:
+	@test -n "$(PYTHON)" && $(PYTHON) -c '$(SUPPORTED)' \
+	|| $(call FAILED,needs Python 3.11 to 3.13 (tensorflow 2.21 and keras 3.15 have no wheels for others); found $$($(or $(PYTHON),python3) --version 2>&1). Name one with PYTHON=/path/to/python3.11)
+	@echo "==> creating $(VENV) with $$($(PYTHON) --version)"
+	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); $(call FAILED,$(PYTHON) -m venv failed (Debian and Ubuntu keep it in the package python3-venv)); }
