@@ -6,7 +6,9 @@ DEV = $(VENV)/.$(EXTRAS)
 SUPPORTED := import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))
 PYTHON ?= $(shell for p in python3.11 python3 python3.12 python3.13; do $$p -c '$(SUPPORTED)' 2>/dev/null && { echo $$p; break; }; done)
 FAILED = { echo "make $@: $(1)" >&2; exit 1; }
-WHY = $$(grep -aoh 'ERROR: .*' $(VENV)/pip.log | tail -n 1)
+WHY = $$(grep -aoh "ERROR: .*" $(VENV)/pip.log 2>/dev/null | tail -n 1)
+STRICT = each WARNING or ERROR above names its file and reason
+BUILD = jupyter-book build . -n -W --keep-going
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .PHONY: help demo test book chapter sync hooks clean
@@ -25,17 +27,18 @@ test: $(DEV) ## pass every test: package in step, strict book build (runs all ch
 
 book: $(DEV) ## build book/_build/html, executing the chapters that changed
 	@echo "==> building the book (executes the chapters: several minutes the first time)"
-	@jupyter-book build . --config book/_config.yml --path-output book -n -W --keep-going \
-	|| $(call FAILED,the book does not build; each WARNING or ERROR above names the page and the reason)
+	@$(BUILD) --config book/_config.yml --path-output book || $(call FAILED,the book does not build: $(STRICT))
 	@echo "The book: $(CURDIR)/book/_build/html/index.html"
 
-chapter: $(DEV) ## N=06_rope: export, run the notebook in place, clean it, rebuild its page
-	@test -f "nbs/$(N).ipynb" || $(call FAILED,which one? For example: make chapter N=06_rope (no nbs/$(N).ipynb here))
-	@echo "==> exporting";         nbdev_export || $(call FAILED,nbdev_export failed)
-	@echo "==> running nbs/$(N)";  jupyter execute --inplace "nbs/$(N).ipynb" || $(call FAILED,nbs/$(N).ipynb stops with the error above)
-	@nbdev_clean --fname "nbs/$(N).ipynb" || $(call FAILED,nbdev_clean failed)
-	@$(MAKE) --no-print-directory book
-	@echo "The page: $(CURDIR)/book/_build/html/nbs/$(N).html"
+chapter: $(DEV) ## N=06_rope: export, run the notebook in place, clean it, render its page from these outputs
+	@test -f "nbs/$(N).ipynb" || $(call FAILED,which one? For example: make chapter N=06_rope (there is no nbs/$(N).ipynb))
+	@echo "==> exporting"; nbdev_export || $(call FAILED,nbdev_export says the above)
+	@echo "==> running nbs/$(N).ipynb"; jupyter execute --inplace "nbs/$(N).ipynb" || $(call FAILED,nbs/$(N).ipynb stops with the error above)
+	@nbdev_clean --fname "nbs/$(N).ipynb" || $(call FAILED,nbdev_clean says the above)
+	@echo "==> rendering"; mkdir -p book/_build
+	@sed -e 's|execute_notebooks: .*|execute_notebooks: "off"|' -e 's|: _ext|: ../_ext|' book/_config.yml > book/_build/page.yml
+	@$(BUILD) --config book/_build/page.yml --path-output book/_build/page || $(call FAILED,the page does not build: $(STRICT))
+	@echo "The page: $(CURDIR)/book/_build/page/_build/html/nbs/$(N).html"
 
 sync: $(DEV) ## bring the package in step with the notebooks, and clean these
 	@nbdev_export && nbdev_clean
@@ -45,7 +48,7 @@ hooks: $(DEV) ## install the git and Jupyter hooks that keep notebooks clean and
 	@install -m 755 .githooks/pre-commit "$$(git rev-parse --git-path hooks)/pre-commit"
 
 clean: ## remove what was built (.venv and the per-user cache of weights stay)
-	@rm -rf book/_build build dist *.egg-info .pytest_cache
+	@rm -rf book/_build build dist *.egg-info
 
 $(VENV)/.demo: pyproject.toml | $(BIN)/python
 	@echo "==> installing llama_nb and its pins into $(VENV) (about 700 MB the first time)"

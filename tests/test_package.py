@@ -58,13 +58,13 @@ def elsewhere(request, built, tmp_path_factory):
     The dependencies are links to the installed ones; pip, without an index, checks that they are complete and of the right versions.
     """
     folder = tmp_path_factory.mktemp(request.param)
-    run(sys.executable, "-m", "venv", folder)
+    run(sys.executable, "-m", "venv", "--without-pip", folder)
     packages = next(folder.glob("lib/python*/site-packages"))
     for installed in dependencies("llama_nb").values():
         for part in {Path(file).parts[0] for file in installed.files} - {"..", "__pycache__"}:
             if not (packages / part).exists():
                 (packages / part).symlink_to(installed.locate_file(part))
-    run(folder / "bin/python", "-m", "pip", "install", "--quiet", "--no-index", "--no-build-isolation", built[request.param])
+    run(sys.executable, "-m", "pip", "--python", folder, "install", "--quiet", "--no-index", "--no-build-isolation", built[request.param])
     return folder / "bin"
 
 

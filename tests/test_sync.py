@@ -4,6 +4,7 @@ Run as a program, it prints what is out of step and exits 1: so `make test` star
 """
 import difflib
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -70,6 +71,8 @@ def untidy(notebook):
     problems = []
     for number, cell in enumerate(notebook["cells"], 1):
         tags = cell["metadata"].get("tags", [])
+        if re.search(r"^#\s*\|\s*eval:\s*false", "".join(cell["source"]), re.M) and "skip-execution" not in tags:
+            problems.append(f"cell {number} says `#| eval: false` but lacks the tag `skip-execution`, so tools other than nbdev run it")
         for output in cell.get("outputs", []):
             if output["output_type"] == "error" and "raises-exception" not in tags:
                 problems.append(f"cell {number} stores an error: {output['ename']}: {output['evalue']}")
