@@ -57,6 +57,9 @@ def prepare(text):
             empty = not DIRECTIVE.sub("", source).strip()
             if name in found and (found[name].lower() == value or value is None and empty) and tag not in tags:
                 tags.append(tag)
+        if "hide-cell" in tags:
+            prompts = {"code_prompt_show": "Show the solution", "code_prompt_hide": "Hide the solution"}
+            cell["metadata"]["mystnb"] = prompts | cell["metadata"].get("mystnb", {})
     return json.dumps(notebook), module
 
 
@@ -124,6 +127,8 @@ def configure(app, config):
     config.nb_execution_cache_path = str(Path(app.outdir).parent / ".jupyter_cache" / cache_key())
     config.html_static_path.append(str(BOOK / "_static"))
     config.html_css_files.append("book.css")
+    for listeners in app.events.listeners.values():  # thebe names a remote script on every page
+        listeners[:] = [listener for listener in listeners if getattr(listener.handler, "__name__", "") not in ("init_thebe_core", "update_thebe_context")]
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 
