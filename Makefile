@@ -27,6 +27,7 @@ test: $(DEV) ## pass every test: package in step, strict book build (runs all ch
 
 book: $(DEV) ## build book/_build/html, executing the chapters that changed
 	@echo "==> building the book (executes the chapters: several minutes the first time)"
+	@rm -rf book/_build/html book/_build/jupyter_execute
 	@$(BUILD) --config book/_config.yml --path-output book || $(call FAILED,the book does not build: $(STRICT))
 	@echo "The book: $(CURDIR)/book/_build/html/index.html"
 
@@ -63,7 +64,7 @@ $(DEV): pyproject.toml | $(BIN)/python
 	@touch $@ $(VENV)/.demo
 
 $(BIN)/python:
-	@test -n "$(PYTHON)" && $(PYTHON) -c '$(SUPPORTED)' \
-	|| $(call FAILED,needs Python 3.11 to 3.13 (tensorflow 2.21 and keras 3.15 have no wheels for others); found $$($(or $(PYTHON),python3) --version 2>&1). Name one with PYTHON=/path/to/python3.11)
+	@$(or $(PYTHON),false) -c '$(SUPPORTED)' 2>/dev/null \
+	|| $(call FAILED,needs Python 3.11 to 3.13 (tensorflow 2.21 and keras 3.15 have no wheels for others); found $$($(or $(PYTHON),python3) --version 2>/dev/null || echo none). Name one with PYTHON=/path/to/python3.11)
 	@echo "==> creating $(VENV) with $$($(PYTHON) --version)"
 	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); $(call FAILED,$(PYTHON) -m venv failed (Debian and Ubuntu keep it in the package python3-venv)); }
