@@ -6,8 +6,10 @@ DEV = $(VENV)/.$(EXTRAS)
 SUPPORTED := import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))
 PYTHON ?= $(shell for p in python3.11 python3 python3.12 python3.13; do $$p -c '$(SUPPORTED)' 2>/dev/null && { echo $$p; break; }; done)
 FAILED = { echo "make $@: $(1)" >&2; exit 1; }
-WHY = $$(grep -aoh "ERROR: .*" $(VENV)/pip.log 2>/dev/null | tail -n 1)
+WHY = $$(grep -aoh "ERROR: .*" $(VENV)/pip.log 2>/dev/null | grep -v present-rich | tail -n 1)
 STRICT = each WARNING or ERROR above names its file and reason
+DROP_STDERR = import sys, nbformat; name = sys.argv[1]; notebook = nbformat.read(name, 4); \
+	[cell.update(outputs=[o for o in cell.outputs if o.get("name") != "stderr"]) for cell in notebook.cells if "outputs" in cell]; nbformat.write(notebook, name)
 BUILD = jupyter-book build . -n -W --keep-going
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
@@ -34,8 +36,8 @@ book: $(DEV) ## build book/_build/html, executing the chapters that changed
 chapter: $(DEV) ## N=06_rope: export, run the notebook in place, clean it, render its page from these outputs
 	@test -f "nbs/$(N).ipynb" || $(call FAILED,which one? For example: make chapter N=06_rope (there is no nbs/$(N).ipynb))
 	@echo "==> exporting"; nbdev_export || $(call FAILED,nbdev_export says the above)
-	@echo "==> running nbs/$(N).ipynb"; jupyter execute --inplace "nbs/$(N).ipynb" || $(call FAILED,nbs/$(N).ipynb stops with the error above)
-	@nbdev_clean --fname "nbs/$(N).ipynb" || $(call FAILED,nbdev_clean says the above)
+	@echo "==> running nbs/$(N).ipynb"; TF_CPP_MIN_LOG_LEVEL=3 jupyter execute --inplace "nbs/$(N).ipynb" || $(call FAILED,nbs/$(N).ipynb stops with the error above)
+	@python -c '$(DROP_STDERR)' "nbs/$(N).ipynb" && nbdev_clean --fname "nbs/$(N).ipynb" || $(call FAILED,cleaning nbs/$(N).ipynb says the above)
 	@echo "==> rendering"; mkdir -p book/_build
 	@sed -e 's|execute_notebooks: .*|execute_notebooks: "off"|' -e 's|: _ext|: ../_ext|' book/_config.yml > book/_build/page.yml
 	@$(BUILD) --config book/_build/page.yml --path-output book/_build/page || $(call FAILED,the page does not build: $(STRICT))
