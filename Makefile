@@ -47,8 +47,7 @@ sync: $(DEV) ## bring the package in step with the notebooks, and clean these
 	@nbdev_export && nbdev_clean
 
 hooks: $(DEV) ## install the git and Jupyter hooks that keep notebooks clean and the package in step
-	@nbdev_install_hooks
-	@install -m 755 .githooks/pre-commit "$$(git rev-parse --git-path hooks)/pre-commit"
+	@nbdev_install_hooks && install -m 755 .githooks/pre-commit "$$(git rev-parse --git-path hooks)/pre-commit"
 
 clean: ## remove what was built (.venv and the per-user cache of weights stay)
 	@rm -rf book/_build build dist *.egg-info

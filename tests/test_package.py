@@ -1,5 +1,6 @@
 """The wheel and the sdist: what is in them, and that they work where nothing but the declared dependencies is installed."""
 import configparser
+import json
 import re
 import shutil
 import subprocess
@@ -125,10 +126,21 @@ def colab_link(notebook):
     return f"https://colab.research.google.com/github/{path}/blob/{settings()['branch']}/nbs/{notebook.name}"
 
 
-@pytest.mark.parametrize("notebook", sorted((ROOT / "nbs").glob("*.ipynb")), ids=lambda path: path.stem)
+every_notebook = pytest.mark.parametrize("notebook", sorted((ROOT / "nbs").glob("*.ipynb")), ids=lambda path: path.stem)
+
+
+@every_notebook
 def test_colab_link(notebook):
     page = ROOT / f"book/_build/html/nbs/{notebook.stem}.html"
     if not page.exists():
         pytest.skip("the book has not been built: `make book`")
     links = set(re.findall(r'href="(https://colab[^"]*)"', page.read_text("utf-8")))
     assert links == {colab_link(notebook)}
+
+
+@every_notebook
+def test_colab_installs_the_package_first(notebook):
+    first = json.loads(notebook.read_text("utf-8"))["cells"][:4]
+    install = [source for source in ("".join(cell["source"]) for cell in first) if "google.colab" in source]
+    assert len(install) == 1, "one of the first cells installs the package where the notebook runs in Colab"
+    assert "#| hide" in install[0] and f"git+{settings()['git_url']}" in install[0]
