@@ -10,7 +10,7 @@ import os
 import re
 import shutil
 from importlib.resources import files
-from inspect import signature
+from inspect import isroutine, signature
 from pathlib import Path
 
 import nbformat
@@ -26,6 +26,8 @@ ROOT = BOOK.parent
 DIRECTIVE = re.compile(r"^[ \t]*#[ \t]*\|[ \t]*(\w+)[ \t]*:?[ \t]*(.*?)[ \t]*$\n?", re.M)
 TAGS = {("hide", ""): "remove-cell", ("default_exp", None): "remove-cell", ("eval", "false"): "skip-execution",
         ("echo", "false"): "remove-input", ("output", "false"): "remove-output"}
+
+FOLDED = {"hide-cell": "the solution", "hide-input": "the code"}
 
 
 def directives(source):
@@ -57,9 +59,10 @@ def prepare(text):
             empty = not DIRECTIVE.sub("", source).strip()
             if name in found and (found[name].lower() == value or value is None and empty) and tag not in tags:
                 tags.append(tag)
-        if "hide-cell" in tags:
-            prompts = {"code_prompt_show": "Show the solution", "code_prompt_hide": "Hide the solution"}
-            cell["metadata"]["mystnb"] = prompts | cell["metadata"].get("mystnb", {})
+        for tag, folded in FOLDED.items():
+            if tag in tags:
+                prompts = {"code_prompt_show": f"Show {folded}", "code_prompt_hide": f"Hide {folded}"}
+                cell["metadata"]["mystnb"] = prompts | cell["metadata"].get("mystnb", {})
     return json.dumps(notebook), module
 
 
@@ -171,6 +174,12 @@ def markdown_docstring(app, what, name, obj, options, lines):
         lines[:] = ["", ".. markdown-docstring::", "", *(f"   {line}" for line in lines), ""]
 
 
+def only_documented(app, what, name, obj, skip, options):
+    """Of a class, only what has words of its own: the fields of a dataclass are in its signature."""
+    if what == "class" and not ((isroutine(obj) or isinstance(obj, property)) and obj.__doc__):
+        return True
+
+
 def own_signature(app, what, name, obj, options, arguments, result):
     """Keras layers define `__new__(*args, **kwargs)`: show what their `__init__` takes."""
     if what == "class" and arguments and arguments.startswith("(*"):
@@ -207,6 +216,7 @@ def setup(app):
     app.connect("source-read", prepare_source)
     app.connect("doctree-read", dress_cells)
     app.connect("autodoc-process-docstring", markdown_docstring)
+    app.connect("autodoc-skip-member", only_documented)
     app.connect("autodoc-process-signature", own_signature)
     app.connect("build-finished", write_executed)
     app.connect("build-finished", ship_mathjax)
