@@ -202,6 +202,11 @@ def api_sections(env):
 
 # The site: nothing comes from elsewhere -----------------------------------------------------------------------------
 
+def forget_sources(app):
+    """The pages of source code link back to the API page, so they are written anew with it."""
+    shutil.rmtree(Path(app.outdir) / "_modules", ignore_errors=True)
+
+
 def ship_mathjax(app, error):
     if not error and app.builder.format == "html":
         target = Path(app.outdir) / "_static" / app.config.mathjax_path
@@ -212,6 +217,7 @@ def ship_mathjax(app, error):
 def setup(app):
     app.add_directive("markdown-docstring", MarkdownDocstring)
     app.connect("config-inited", configure)
+    app.connect("builder-inited", forget_sources)
     app.connect("env-get-outdated", read_everything)
     app.connect("source-read", prepare_source)
     app.connect("doctree-read", dress_cells)
