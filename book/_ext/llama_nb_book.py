@@ -9,6 +9,7 @@ import json
 import os
 import re
 import shutil
+import sys
 from importlib.resources import files
 from inspect import isroutine, signature
 from pathlib import Path
@@ -130,6 +131,8 @@ def configure(app, config):
     config.nb_execution_cache_path = str(Path(app.outdir).parent / ".jupyter_cache" / cache_key())
     config.html_static_path.append(str(BOOK / "_static"))
     config.html_css_files.append("book.css")
+    sys.path.insert(0, str(ROOT))  # the book shows the package beside it, whatever is installed
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     for listeners in app.events.listeners.values():  # thebe names a remote script on every page
         listeners[:] = [listener for listener in listeners if getattr(listener.handler, "__name__", "") not in ("init_thebe_core", "update_thebe_context")]
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
