@@ -106,6 +106,19 @@ def test_command_line_writes_text_with_bard(elsewhere, tmp_path):
     assert run(elsewhere / "llama-nb", *arguments, cwd=tmp_path).strip()
 
 
+def test_tokenizer_where_tensorflow_text_has_no_wheel():
+    code = f"""if 1:
+        import sys
+        if len(sys.argv) > 1: sys.modules["tensorflow_text"] = None
+        import llama_nb
+        tokenizer = llama_nb.load_tokenizer({str(ROOT / "llama_nb/data/bard")!r})
+        for text in ("", "To be, or not to be", "  two  spaces", "naïve 1599 🎭\\n"):
+            ids = list(map(int, tokenizer.encode(text)))
+            print(ids, repr(tokenizer.decode(ids)))"""
+    with_it, without = (run(sys.executable, "-c", code, *arguments, cwd=ROOT) for arguments in ([], ["without"]))
+    assert with_it == without and len(without.splitlines()) == 4
+
+
 # What the project says of itself in several places.
 
 def settings():
