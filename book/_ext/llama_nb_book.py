@@ -81,8 +81,14 @@ def prepare_source(app, docname, source):
 # Notebooks: the page -----------------------------------------------------------------------------------------------
 
 def dress_cells(app, doctree):
-    """Drop the `#|` lines, and say above each exported cell which module it goes to."""
+    """Drop the `#|` lines, say above each exported cell which module it goes to, and leave of an expected error its last line."""
     default = app.env.metadata[app.env.docname].pop("exports_to", None)
+    for cell in doctree.findall(nodes.container):
+        if "tag_raises-exception" in cell["classes"]:
+            for output in cell.findall(nodes.literal_block):
+                if output.get("language") == app.config.nb_render_error_lexer:
+                    replace_text(output, output.astext().rstrip().rsplit("\n\n", 1)[-1])
+                    output["language"] = "text"
     for box in list(doctree.findall(nodes.container)):
         if box.get("nb_element") != "cell_code_source":
             continue
@@ -90,13 +96,25 @@ def dress_cells(app, doctree):
             source = code.astext()
             shown = DIRECTIVE.sub("", source).strip("\n")
             module = exported_module(source, default)
-            code.rawsource, code.children = shown, []
-            code += nodes.Text(shown)
+            replace_text(code, shown)
             if not shown:
                 box.parent.remove(box)
             elif module:
                 box["classes"].append("exported")
                 box.insert(0, export_label(app.env, module))
+
+
+def number_chapter(app, doctree):
+    """`nbs/06_rope` is chapter 6: the number stands before its title, on the page and wherever that is quoted."""
+    number = re.match(r"nbs/0*([1-9]\d*)_", app.env.docname)
+    title = doctree.next_node(nodes.title)
+    if number and number[1] and title:
+        title.insert(0, nodes.Text(f"{number[1]} · "))
+
+
+def replace_text(block, text):
+    block.rawsource, block.children = text, []
+    block += nodes.Text(text)
 
 
 def export_label(env, module):
@@ -116,7 +134,7 @@ def cache_key():
             digest.update(str(path.relative_to(ROOT)).encode() + path.read_bytes())
     weights = os.environ.get("LLAMA_NB_WEIGHTS", "")
     digest.update(weights.encode())
-    for path in sorted(Path(weights).rglob("*")) if weights else []:
+    for path in sorted([Path(weights), *Path(weights).rglob("*")]) if weights else []:
         digest.update(f"{path} {path.stat().st_size} {path.stat().st_mtime_ns}".encode())
     for library in ("tensorflow", "keras", "numpy"):
         digest.update(importlib.metadata.version(library).encode())
@@ -223,6 +241,7 @@ def setup(app):
     app.connect("builder-inited", forget_sources)
     app.connect("env-get-outdated", read_everything)
     app.connect("source-read", prepare_source)
+    app.connect("doctree-read", number_chapter, priority=100)  # before Sphinx notes the titles
     app.connect("doctree-read", dress_cells)
     app.connect("autodoc-process-docstring", markdown_docstring)
     app.connect("autodoc-skip-member", only_documented)
