@@ -223,9 +223,10 @@ def api_sections(env):
 
 # The site: nothing comes from elsewhere -----------------------------------------------------------------------------
 
-def forget_sources(app):
-    """The pages of source code link back to the API page, so they are written anew with it."""
-    shutil.rmtree(Path(app.outdir) / "_modules", ignore_errors=True)
+def forget(app):
+    """Pages of source code link back to the API page, so they are written anew with it; reports are those of this build."""
+    for folder in ("_modules", "reports"):
+        shutil.rmtree(Path(app.outdir) / folder, ignore_errors=True)
 
 
 def ship_mathjax(app, error):
@@ -238,7 +239,7 @@ def ship_mathjax(app, error):
 def setup(app):
     app.add_directive("markdown-docstring", MarkdownDocstring)
     app.connect("config-inited", configure)
-    app.connect("builder-inited", forget_sources)
+    app.connect("builder-inited", forget)
     app.connect("env-get-outdated", read_everything)
     app.connect("source-read", prepare_source)
     app.connect("doctree-read", number_chapter, priority=100)  # before Sphinx notes the titles
