@@ -3,90 +3,99 @@
 # %% auto #0
 __all__ = ['RMSNorm', 'projection', 'FeedForward', 'Block']
 
-# %% ../nbs/04_block.ipynb #1fc162aa
+# %% ../nbs/04_block.ipynb #fa90ab4a
 import keras
 from keras import ops
 
 from .embedding import tap
 
-# %% ../nbs/04_block.ipynb #92b81f54
+# %% ../nbs/04_block.ipynb #5ffcde8d
 @keras.saving.register_keras_serializable("llama_nb")
 class RMSNorm(keras.layers.Layer):
-    "Divides each vector by its root mean square and scales each feature: `x / sqrt(mean(x^2) + eps) * weight` (Zhang & Sennrich 2019). Computed in float32."
+    """Divides each vector by its root mean square and scales each feature:
+    `x / sqrt(mean(x^2) + eps) * weight` (Zhang & Sennrich 2019). Computed in float32."""
 
     def __init__(self, eps: float = 1e-5, **kwargs):
         super().__init__(**kwargs)
         self.eps = eps
 
     def build(self, input_shape):
-        self.weight = self.add_weight(name="weight", shape=(input_shape[-1],), initializer="ones")
+        self.weight = self.add_weight((input_shape[-1],), "ones", name="weight")
 
     def call(self, x):
         wide = ops.cast(x, "float32")
-        scale = tap(f"{self.name}.scale", ops.rsqrt(ops.mean(ops.square(wide), axis=-1, keepdims=True) + self.eps))
+        mean_square = ops.mean(ops.square(wide), axis=-1, keepdims=True)
+        scale = tap(f"{self.name}.scale", ops.rsqrt(mean_square + self.eps))
         return tap(self.name, ops.cast(wide * scale, self.compute_dtype) * self.weight)
 
     def get_config(self):
         return super().get_config() | dict(eps=self.eps)
 
-# %% ../nbs/04_block.ipynb #ce3aef14
-def projection(name: str, inputs: int, outputs: int, initializer, dtype) -> keras.layers.Dense:
-    "A matrix without bias, from `inputs` features to `outputs`, built."
-    dense = keras.layers.Dense(outputs, use_bias=False, kernel_initializer=initializer.clone(), dtype=dtype, name=name)
+# %% ../nbs/04_block.ipynb #181b5b12
+def projection(name: str, inputs: int, outputs: int, initializer, dtype):
+    "A matrix without bias, from `inputs` features to `outputs`: a built `Dense`."
+    dense = keras.layers.Dense(outputs, use_bias=False, kernel_initializer=initializer.clone(),
+                               dtype=dtype, name=name)
     dense.build((None, inputs))
     return dense
 
-# %% ../nbs/04_block.ipynb #f33ad80c
+# %% ../nbs/04_block.ipynb #391f5e19
 @keras.saving.register_keras_serializable("llama_nb")
 class FeedForward(keras.layers.Layer):
-    "SwiGLU (Shazeer 2020): `w2(silu(w1 x) * w3 x)`, without biases; (batch, seq, dim) to the same shape through `hidden_dim`."
+    """SwiGLU (Shazeer 2020): `w2(silu(w1 x) * w3 x)`, without biases;
+    (batch, seq, dim) to the same shape through `hidden_dim`."""
 
     def __init__(self, hidden_dim: int, initializer="glorot_uniform", **kwargs):
         super().__init__(**kwargs)
-        self.hidden_dim, self.initializer = hidden_dim, keras.initializers.get(initializer)
+        self.hidden_dim = hidden_dim
+        self.initializer = keras.initializers.get(initializer)
 
     def build(self, input_shape):
-        dim = input_shape[-1]
-        self.w1 = projection("w1", dim, self.hidden_dim, self.initializer, self.dtype_policy)
-        self.w3 = projection("w3", dim, self.hidden_dim, self.initializer, self.dtype_policy)
-        self.w2 = projection("w2", self.hidden_dim, dim, self.initializer, self.dtype_policy)
+        dim, options = input_shape[-1], (self.initializer, self.dtype_policy)
+        self.w1 = projection("w1", dim, self.hidden_dim, *options)
+        self.w3 = projection("w3", dim, self.hidden_dim, *options)
+        self.w2 = projection("w2", self.hidden_dim, dim, *options)
 
     def call(self, x):
         gate = tap(f"{self.name}.gate", ops.silu(self.w1(x)))
         return tap(self.name, self.w2(gate * self.w3(x)))
 
     def get_config(self):
-        return super().get_config() | dict(hidden_dim=self.hidden_dim, initializer=keras.initializers.serialize(self.initializer))
+        initializer = keras.initializers.serialize(self.initializer)
+        return super().get_config() | dict(hidden_dim=self.hidden_dim, initializer=initializer)
 
-# %% ../nbs/04_block.ipynb #b488b71e
+# %% ../nbs/04_block.ipynb #c23b47cc
 @keras.saving.register_keras_serializable("llama_nb")
 class Block(keras.layers.Layer):
-    """One step of the residual stream: `x + attention(norm(x))`, then `x + feed_forward(norm(x))`.
-    `start` and `cache` are handed through to the attention."""
+    """One step of the residual stream: `x + attention(norm(x))`, then
+    `x + feed_forward(norm(x))`. `start` and `cache` are handed through to the attention."""
 
     def __init__(self, attention, feed_forward, eps: float = 1e-5, **kwargs):
         super().__init__(**kwargs)
         self.attention, self.feed_forward, self.eps = attention, feed_forward, eps
-        self.attention_norm = RMSNorm(eps, dtype=self.dtype_policy, name=f"{self.name}.attention_norm")
-        self.ffn_norm = RMSNorm(eps, dtype=self.dtype_policy, name=f"{self.name}.ffn_norm")
+        for name in ("attention_norm", "ffn_norm"):
+            setattr(self, name, RMSNorm(eps, dtype=self.dtype_policy, name=f"{self.name}.{name}"))
 
     def build(self, input_shape):
-        for layer in (self.attention_norm, self.attention, self.ffn_norm, self.feed_forward):
+        for layer in self.attention_norm, self.attention, self.ffn_norm, self.feed_forward:
             if not layer.built:
                 layer.build(input_shape)
 
     def call(self, x, start=0, cache=None):
-        x = tap(f"{self.name}.middle", x + self.attention(self.attention_norm(x), start=start, cache=cache))
+        x = x + self.attention(self.attention_norm(x), start=start, cache=cache)
+        x = tap(f"{self.name}.middle", x)
         return tap(self.name, x + self.feed_forward(self.ffn_norm(x)))
 
     def compute_output_shape(self, input_shape):
         return input_shape
 
     def get_config(self):
-        return super().get_config() | dict(attention=keras.saving.serialize_keras_object(self.attention),
-                                           feed_forward=keras.saving.serialize_keras_object(self.feed_forward), eps=self.eps)
+        serialize = keras.saving.serialize_keras_object
+        return super().get_config() | dict(attention=serialize(self.attention),
+                                           feed_forward=serialize(self.feed_forward), eps=self.eps)
 
     @classmethod
     def from_config(cls, config):
-        parts = {name: keras.saving.deserialize_keras_object(config[name]) for name in ("attention", "feed_forward")}
+        parts = {name: keras.saving.deserialize_keras_object(config[name])
+                 for name in ("attention", "feed_forward")}
         return cls(**config | parts)
