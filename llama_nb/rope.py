@@ -3,23 +3,23 @@
 # %% auto #0
 __all__ = ['rope_frequencies', 'rope_tables', 'RotaryEmbedding', 'halves_to_adjacent', 'adjacent_to_halves']
 
-# %% ../nbs/06_rope.ipynb #a52c24fe
+# %% ../nbs/06_rope.ipynb #67303efb
 import keras
 import numpy as np
 from keras import ops
 
-# %% ../nbs/06_rope.ipynb #ab31ea24
+# %% ../nbs/06_rope.ipynb #93dcaf67
 def rope_frequencies(head_dim: int, theta: float = 10000.0) -> np.ndarray:
     "The angle by which each of the `head_dim / 2` pairs turns from one position to the next, in radians (Su et al. 2021, section 3.2.2)."
     return theta ** -(np.arange(0, head_dim, 2) / head_dim)
 
-# %% ../nbs/06_rope.ipynb #fae80601
+# %% ../nbs/06_rope.ipynb #a8fb5d12
 def rope_tables(length: int, head_dim: int, theta: float = 10000.0) -> tuple[np.ndarray, np.ndarray]:
     "Cosine and sine of every position's angles: two (length, head_dim / 2) float32 tables."
     angles = np.outer(np.arange(length), rope_frequencies(head_dim, theta))
     return np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
 
-# %% ../nbs/06_rope.ipynb #457feb63
+# %% ../nbs/06_rope.ipynb #47c7edd4
 @keras.saving.register_keras_serializable("llama_nb")
 class RotaryEmbedding(keras.layers.Layer):
     "Turns adjacent pairs of features, (0, 1), (2, 3), ..., of (batch, heads, seq, head_dim) by their position's angles; the first position is `start`."
@@ -27,22 +27,24 @@ class RotaryEmbedding(keras.layers.Layer):
     def __init__(self, head_dim: int, context_length: int, theta: float = 10000.0, **kwargs):
         super().__init__(**kwargs)
         self.head_dim, self.context_length, self.theta = head_dim, context_length, theta
-        self.cos, self.sin = rope_tables(context_length, head_dim, theta)
+        self.cos, self.sin = map(ops.convert_to_tensor, rope_tables(context_length, head_dim, theta))
         self.built = True
 
     def call(self, x, start=0):
-        *lead, length, _ = ops.shape(x)
-        positions = start + ops.arange(length)
-        cos, sin = ops.take(self.cos, positions, axis=0), ops.take(self.sin, positions, axis=0)
-        pairs = ops.cast(ops.reshape(x, (*lead, length, self.head_dim // 2, 2)), "float32")
+        shape, half = ops.shape(x), self.head_dim // 2
+        cos, sin = (ops.slice(table, (start, 0), (shape[-2], half)) for table in (self.cos, self.sin))
+        pairs = ops.cast(ops.reshape(x, (*shape[:-1], half, 2)), "float32")
         real, imaginary = pairs[..., 0], pairs[..., 1]
         turned = ops.stack([real * cos - imaginary * sin, real * sin + imaginary * cos], axis=-1)
-        return ops.cast(ops.reshape(turned, (*lead, length, self.head_dim)), self.compute_dtype)
+        return ops.cast(ops.reshape(turned, shape), self.compute_dtype)
+
+    def compute_output_shape(self, input_shape):
+        return input_shape
 
     def get_config(self):
         return super().get_config() | dict(head_dim=self.head_dim, context_length=self.context_length, theta=self.theta)
 
-# %% ../nbs/06_rope.ipynb #7b647269
+# %% ../nbs/06_rope.ipynb #68da502e
 def halves_to_adjacent(matrix: np.ndarray, n_heads: int) -> np.ndarray:
     "Reorders the rows of a query or key matrix (out, in) from Hugging Face's pairs (i, i + head_dim / 2) to Meta's (2i, 2i + 1)."
     return matrix.reshape(n_heads, 2, -1, matrix.shape[1]).swapaxes(1, 2).reshape(matrix.shape)
