@@ -3,14 +3,14 @@
 # %% auto #0
 __all__ = ['tap', 'listening', 'TokenEmbedding']
 
-# %% ../nbs/03_embedding.ipynb #1dbf367f
+# %% ../nbs/03_embedding.ipynb #0ddbf991
 import contextlib
 from collections.abc import Callable
 
 import keras
 from keras import ops
 
-# %% ../nbs/03_embedding.ipynb #b035f300
+# %% ../nbs/03_embedding.ipynb #180e4a1b
 _listener = None
 
 def tap(name: str, value):
@@ -27,7 +27,7 @@ def listening(listener: Callable):
     finally:
         _listener = before
 
-# %% ../nbs/03_embedding.ipynb #ef5d7f45
+# %% ../nbs/03_embedding.ipynb #3e8e3779
 @keras.saving.register_keras_serializable("llama_nb")
 class TokenEmbedding(keras.layers.Layer):
     """A table with one vector per token. `reverse=False`: ids (batch, seq) to vectors (batch, seq, dim).

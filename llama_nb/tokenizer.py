@@ -7,7 +7,7 @@ __all__ = ['NORMAL', 'UNKNOWN', 'CONTROL', 'USER_DEFINED', 'UNUSED', 'BYTE', 'SP
            'Tokenizer', 'SentencePieceTokenizer', 'show_tokens', 'byte_letters', 'word_splitter', 'ByteLevelTokenizer',
            'write_field', 'serialize_model', 'gguf_tokenizer', 'load_tokenizer', 'synth_tokenizer']
 
-# %% ../nbs/02_tokenizer.ipynb #f24489fb
+# %% ../nbs/02_tokenizer.ipynb #7c89664e
 import codecs, functools, heapq, re, struct
 from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
@@ -15,11 +15,11 @@ from typing import NamedTuple
 
 from .checkpoint import CheckpointError, check_file, gguf_metadata
 
-# %% ../nbs/02_tokenizer.ipynb #65eccf11
+# %% ../nbs/02_tokenizer.ipynb #df0d6bc6
 class TokenizerError(ValueError):
     "A tokenizer that cannot be used, or text and ids that it cannot take: one line."
 
-# %% ../nbs/02_tokenizer.ipynb #4b8ce73b
+# %% ../nbs/02_tokenizer.ipynb #a398e6f8
 def read_varint(data: bytes, at: int) -> tuple[int, int]:
     "The whole number that begins at `data[at]`, seven bits a byte, and where the next thing begins."
     value = shift = 0
@@ -29,7 +29,7 @@ def read_varint(data: bytes, at: int) -> tuple[int, int]:
         if byte < 128: return value, at
         shift += 7
 
-# %% ../nbs/02_tokenizer.ipynb #a8ce46f7
+# %% ../nbs/02_tokenizer.ipynb #fc60edb8
 def read_fields(message: bytes):
     "The fields of a protocol-buffer message, one by one: (number, value), where a value is a whole number or bytes."
     at = 0
@@ -44,7 +44,7 @@ def read_fields(message: bytes):
             if at > len(message): raise IndexError("cut short")
         yield number, value
 
-# %% ../nbs/02_tokenizer.ipynb #66223fc3
+# %% ../nbs/02_tokenizer.ipynb #0e798eda
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 SPACE = "\u2581"
 
@@ -62,7 +62,7 @@ class SentencePieceModel(NamedTuple):
     dummy_prefix: bool = True
     squeeze_spaces: bool = False
 
-# %% ../nbs/02_tokenizer.ipynb #a3aa68c1
+# %% ../nbs/02_tokenizer.ipynb #41d65582
 def parse_model(data: bytes) -> SentencePieceModel:
     "The contents of a `tokenizer.model` file."
     pieces, settings = [], {}
@@ -75,7 +75,7 @@ def parse_model(data: bytes) -> SentencePieceModel:
     trainer, normalizer = settings[2], settings[3]
     return SentencePieceModel(pieces, trainer.get(3, 1) == 2, normalizer.get(2, b""), bool(normalizer.get(3, 1)), bool(normalizer.get(4, 1)))
 
-# %% ../nbs/02_tokenizer.ipynb #d4953c44
+# %% ../nbs/02_tokenizer.ipynb #accca3a3
 def merge_pairs(text: str, scores: dict[str, float]) -> list[str]:
     "Byte-pair encoding of a text: neighbours that together are in `scores` are joined, best score first, then leftmost."
     symbols, before, queue = list(text), list(range(-1, len(text) - 1)), []
@@ -97,14 +97,14 @@ def merge_pairs(text: str, scores: dict[str, float]) -> list[str]:
         propose(left, end)
     return [symbol for symbol in symbols if symbol]
 
-# %% ../nbs/02_tokenizer.ipynb #45b25809
+# %% ../nbs/02_tokenizer.ipynb #1bd938bc
 def split_at(words: Collection[str], text: str) -> list[str]:
     "Cuts a text before and after each of some words, the longest first where several begin at one place."
     if not words: return [text]
     pattern = "|".join(map(re.escape, sorted(words, key=len, reverse=True)))
     return [part for part in re.split(f"({pattern})", text) if part]
 
-# %% ../nbs/02_tokenizer.ipynb #3864e9de
+# %% ../nbs/02_tokenizer.ipynb #77a00717
 class HandMadeBPE:
     "SentencePiece's byte-pair encoding in plain Python (Sennrich et al. 2016; Kudo & Richardson 2018): the same ids as the library's."
 
@@ -128,7 +128,7 @@ class HandMadeBPE:
                 elif ids[-1:] != [self.unknown]: ids.append(self.unknown)
         return ids
 
-# %% ../nbs/02_tokenizer.ipynb #f3f8f678
+# %% ../nbs/02_tokenizer.ipynb #a089a5f1
 def import_tensorflow_text():
     "TensorFlow Text, or None where it has no wheel."
     try:
@@ -137,13 +137,17 @@ def import_tensorflow_text():
     except ImportError:
         return None
 
-# %% ../nbs/02_tokenizer.ipynb #4770435d
+# %% ../nbs/02_tokenizer.ipynb #96480a0e
 class TensorFlowTextBPE:
     "Text to ids through TensorFlow Text, whose encoder is lost whenever TensorFlow clears its caches (`tf.random.set_seed` does): then it is made again."
 
     def __init__(self, tensorflow_text, data: bytes):
+        from tensorflow.errors import OpError
         self.make = functools.partial(tensorflow_text.SentencepieceTokenizer, model=data)
-        self.encoder = self.make()
+        try:
+            self.encoder = self.make()
+        except OpError as error:
+            raise TokenizerError(f"SentencePiece refuses the model: {error.message.splitlines()[0]}") from None
 
     def encode(self, text: str) -> list[int]:
         from tensorflow.errors import NotFoundError
@@ -153,7 +157,7 @@ class TensorFlowTextBPE:
             self.encoder = self.make()
             return self.encoder.tokenize(text).numpy().tolist()
 
-# %% ../nbs/02_tokenizer.ipynb #277e1ad9
+# %% ../nbs/02_tokenizer.ipynb #471bf66c
 class TextStream:
     "Ids in, text out, in whole characters: the first bytes of a character wait for its last."
 
@@ -174,7 +178,7 @@ class TextStream:
         "What is left of a character that never came to its end."
         return self.decoder.decode(b"", final=True)
 
-# %% ../nbs/02_tokenizer.ipynb #5a5d96e9
+# %% ../nbs/02_tokenizer.ipynb #5e615361
 class Vocabulary:
     """Ids to text. `pieces`: each id's text as the vocabulary writes it; `token_bytes`: the bytes that each id stands for;
     `special`: the ids that stand for no text."""
@@ -206,7 +210,7 @@ class Vocabulary:
         stream = TextStream(self)
         return "".join(map(stream.push, self.check_ids(ids))) + stream.finish()
 
-# %% ../nbs/02_tokenizer.ipynb #584b731b
+# %% ../nbs/02_tokenizer.ipynb #324f3dfe
 def check_text(text: str) -> str:
     "The text, if it is valid Unicode."
     try:
@@ -215,7 +219,7 @@ def check_text(text: str) -> str:
         raise TokenizerError(f"text should be valid Unicode, found {text[error.start]!r} at position {error.start}") from None
     return text
 
-# %% ../nbs/02_tokenizer.ipynb #8f7cffd0
+# %% ../nbs/02_tokenizer.ipynb #40c06fcf
 class Tokenizer(Vocabulary):
     """Text to ids and back. `bos_id` begins and `eos_id` ends a sequence; `stop_ids` end a continuation.
     A kind of tokenizer adds `encode_plain`, which knows nothing of special tokens."""
@@ -238,7 +242,7 @@ class Tokenizer(Vocabulary):
         begin = [self.bos_id] if add_bos and self.add_bos else []
         return ids if special and begin == ids[:1] else begin + ids
 
-# %% ../nbs/02_tokenizer.ipynb #a4420045
+# %% ../nbs/02_tokenizer.ipynb #725ddb8f
 class SentencePieceTokenizer(Tokenizer):
     "A `tokenizer.model` file's bytes. `by_hand` takes this chapter's own encoder in place of TensorFlow Text's."
 
@@ -260,7 +264,7 @@ class SentencePieceTokenizer(Tokenizer):
         library = None if self.by_hand else import_tensorflow_text()
         return HandMadeBPE(self.model).encode if library is None else TensorFlowTextBPE(library, self.data).encode
 
-# %% ../nbs/02_tokenizer.ipynb #f3e89a43
+# %% ../nbs/02_tokenizer.ipynb #45b2ebe8
 def show_tokens(tokenizer: Tokenizer, text_or_ids) -> None:
     "Prints each id above its piece."
     ids = tokenizer.encode(text_or_ids) if isinstance(text_or_ids, str) else tokenizer.check_ids(text_or_ids)
@@ -269,7 +273,7 @@ def show_tokens(tokenizer: Tokenizer, text_or_ids) -> None:
     print("  ".join(str(id).ljust(width) for id, width in zip(ids, widths)))
     print("  ".join(piece.ljust(width) for piece, width in zip(pieces, widths)))
 
-# %% ../nbs/02_tokenizer.ipynb #e9a15f62
+# %% ../nbs/02_tokenizer.ipynb #acb0ac0c
 @functools.cache
 def byte_letters() -> dict[str, int]:
     "GPT-2's alphabet: a printable letter for each byte (Radford et al. 2019)."
@@ -277,7 +281,7 @@ def byte_letters() -> dict[str, int]:
     others = [byte for byte in range(256) if byte not in printable]
     return {chr(byte): byte for byte in printable} | {chr(256 + index): byte for index, byte in enumerate(others)}
 
-# %% ../nbs/02_tokenizer.ipynb #9ec8f692
+# %% ../nbs/02_tokenizer.ipynb #690b51ab
 LLAMA3_WORDS = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
                 r"|\s*[\r\n]+|\s+(?!\S)|\s+")
 
@@ -293,7 +297,7 @@ def word_splitter(name: str):
         raise TokenizerError(f"text is to be cut as by gpt-2, smollm or llama-bpe, found {name}")
     return pre_tokenizers.Sequence(steps)
 
-# %% ../nbs/02_tokenizer.ipynb #830dfa5a
+# %% ../nbs/02_tokenizer.ipynb #b846e73c
 class ByteLevelTokenizer(Tokenizer):
     "Byte-level BPE through the `tokenizers` library. `splitter` names how text is cut before merging, in GGUF's words: gpt-2, smollm or llama-bpe."
 
@@ -305,13 +309,16 @@ class ByteLevelTokenizer(Tokenizer):
         self.stop_ids = frozenset({eos_id, *stop_ids} - {None})
         as_text, letters = self.special | added, byte_letters()
         self.token_bytes = [piece.encode() if id in as_text else bytes(letters[letter] for letter in piece) for id, piece in enumerate(self.pieces)]
-        vocabulary = {piece: id for id, piece in enumerate(self.pieces)}
-        library = Library(models.BPE(vocabulary, [tuple(merge.split(" ")) for merge in merges], ignore_merges=splitter == "llama-bpe"))
+        vocabulary, pairs = {piece: id for id, piece in enumerate(self.pieces)}, [tuple(merge.split(" ")) for merge in merges]
+        for pair in pairs:
+            if len(pair) != 2 or not {*pair, "".join(pair)} <= vocabulary.keys():
+                raise TokenizerError(f"merges should be two pieces that make a third, found {' '.join(pair)!r}")
+        library = Library(models.BPE(vocabulary, pairs, ignore_merges=splitter == "llama-bpe"))
         library.pre_tokenizer = word_splitter(splitter)
         library.add_tokens([AddedToken(self.pieces[id], normalized=False) for id in sorted(added)])
         self.encode_plain = lambda text: library.encode(text, add_special_tokens=False).ids
 
-# %% ../nbs/02_tokenizer.ipynb #54dd7007
+# %% ../nbs/02_tokenizer.ipynb #bf36acd2
 def write_field(number: int, value) -> bytes:
     "One field of a protocol-buffer message: an integer, a float, text or bytes."
     def varint(value):
@@ -321,7 +328,7 @@ def write_field(number: int, value) -> bytes:
     data = value.encode() if isinstance(value, str) else value
     return varint(number << 3 | 2) + varint(len(data)) + data
 
-# %% ../nbs/02_tokenizer.ipynb #660f4b81
+# %% ../nbs/02_tokenizer.ipynb #17ccf7ab
 def serialize_model(model: SentencePieceModel) -> bytes:
     "A `tokenizer.model` file that `parse_model` and SentencePiece read."
     pieces = [write_field(1, write_field(1, text) + write_field(2, float(score)) + write_field(3, kind)) for text, score, kind in model.pieces]
@@ -331,7 +338,7 @@ def serialize_model(model: SentencePieceModel) -> bytes:
                   + write_field(3, int(model.dummy_prefix)) + write_field(4, int(model.squeeze_spaces)))
     return b"".join(pieces) + write_field(2, trainer) + write_field(3, normalizer)
 
-# %% ../nbs/02_tokenizer.ipynb #e9fd12aa
+# %% ../nbs/02_tokenizer.ipynb #d38a0379
 def gguf_tokenizer(path) -> Tokenizer:
     "The tokenizer in a GGUF file's metadata."
     def field(key, default=None): return gguf_metadata(path, f"tokenizer.{key}", default)
@@ -351,7 +358,7 @@ def gguf_tokenizer(path) -> Tokenizer:
     tokenizer.add_bos, tokenizer.stop_ids = field("ggml.add_bos_token", True), frozenset({eos_id} - {None})
     return tokenizer
 
-# %% ../nbs/02_tokenizer.ipynb #0d1ccdd9
+# %% ../nbs/02_tokenizer.ipynb #14966a50
 def load_tokenizer(path) -> Tokenizer:
     "The tokenizer of a `.model` file, a GGUF file, or a folder that holds one; no weights are read."
     path = Path(path).expanduser()
@@ -367,7 +374,7 @@ def load_tokenizer(path) -> Tokenizer:
     except (CheckpointError, TokenizerError) as error:
         raise TokenizerError(str(error) if str(path) in str(error) else f"{path}: {error}") from None
 
-# %% ../nbs/02_tokenizer.ipynb #aa7d4af8
+# %% ../nbs/02_tokenizer.ipynb #389851a5
 def synth_tokenizer(vocab_size: int) -> bytes:
     "A `tokenizer.model` of any size for weights without words: three control pieces, the 256 bytes, then single characters."
     pieces = [Piece("<unk>", 0, UNKNOWN), Piece("<s>", 0, CONTROL), Piece("</s>", 0, CONTROL)]
