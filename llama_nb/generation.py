@@ -4,7 +4,7 @@
 __all__ = ['LayerCache', 'compile_step', 'common_prefix', 'check_length', 'Decoder', 'split_at_stop', 'Stream', 'write_pieces',
            'render_chat', 'check_prompt', 'check_stop', 'chat_text', 'Llama']
 
-# %% ../nbs/09_generation.ipynb #30261645
+# %% ../nbs/09_generation.ipynb #8b0b2cb4
 import functools, time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -18,7 +18,7 @@ from .model import forward, model_layers
 from .sampling import GenerationError, Sampler, check_number, softmax
 from .tokenizer import Tokenizer
 
-# %% ../nbs/09_generation.ipynb #4972fbea
+# %% ../nbs/09_generation.ipynb #c8f27bf5
 class LayerCache:
     "The keys and values of one block, (batch, kv_heads, context, head_dim) each, written in place."
 
@@ -34,7 +34,7 @@ class LayerCache:
         self.values[:, :, start:end].assign(values)
         return self.keys[:, :, :end], self.values[:, :, :end]
 
-# %% ../nbs/09_generation.ipynb #9d82d853
+# %% ../nbs/09_generation.ipynb #3b7c9bcc
 def compile_step(layers: dict[str, keras.layers.Layer], caches: Sequence[LayerCache]):
     "A compiled function: ids (1, seq) that begin at place `start`, to the logits (1, vocab) after the last of them."
     import tensorflow as tf
@@ -44,7 +44,7 @@ def compile_step(layers: dict[str, keras.layers.Layer], caches: Sequence[LayerCa
         return forward(layers, ids, start, caches, last=True)
     return step
 
-# %% ../nbs/09_generation.ipynb #313d0b7f
+# %% ../nbs/09_generation.ipynb #15212228
 def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
     "How many items two sequences share, counted from the start."
     return next((place for place, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
@@ -54,14 +54,15 @@ def check_length(ids: Sequence[int], context_length: int) -> None:
     if not 0 < len(ids) <= context_length:
         raise GenerationError(f"ids should be 1 to {context_length} (context_length), found {len(ids)}")
 
-# %% ../nbs/09_generation.ipynb #a8f7e531
+# %% ../nbs/09_generation.ipynb #242d49c3
 class Decoder:
     """The model with a cache: `advance(ids)` gives the logits (vocab,) after `ids`, and computes only what the cache does not hold yet.
     A long prompt is computed in pieces of `chunk` tokens, which bounds the memory that it takes."""
 
     def __init__(self, model: keras.Model, config: LlamaConfig, chunk: int = 256):
         self.context_length, self.chunk, self.cached_ids = config.context_length, chunk, []
-        self.step = compile_step(model_layers(model), [LayerCache(config, model.compute_dtype) for _ in range(config.n_layers)])
+        layers = model_layers(model)
+        self.step = compile_step(layers, [LayerCache(config, layers["norm"].compute_dtype) for _ in range(config.n_layers)])
 
     def advance(self, ids: Sequence[int]) -> np.ndarray:
         ids = list(ids)
@@ -74,7 +75,7 @@ class Decoder:
             self.cached_ids = ids[:end]
         return logits.numpy()[0]
 
-# %% ../nbs/09_generation.ipynb #8688ae23
+# %% ../nbs/09_generation.ipynb #9658334f
 def split_at_stop(text: str, stop: Sequence[str]) -> tuple[str, str, bool]:
     "(what can be shown, what may yet turn out to begin a stop string, whether one was found)."
     found = [place for place in (text.find(word) for word in stop) if place >= 0]
@@ -83,7 +84,7 @@ def split_at_stop(text: str, stop: Sequence[str]) -> tuple[str, str, bool]:
     held = max((size for word in stop for size in range(1, len(word)) if text.endswith(word[:size])), default=0)
     return text[:len(text) - held], text[len(text) - held:], False
 
-# %% ../nbs/09_generation.ipynb #a9571852
+# %% ../nbs/09_generation.ipynb #1d160dcf
 class Stream:
     """The pieces of a continuation, one by one as they come. After the last, `finish_reason` says why it ended: "end" (the model's end token),
     "stop" (a stop string), "length" (`max_new_tokens`) or "context" (no room left)."""
@@ -112,7 +113,7 @@ class Stream:
         "Tokens decoded after the first, per second."
         return (len(self.new_ids) - 1) / self.decode_seconds if len(self.new_ids) > 1 else float("nan")
 
-# %% ../nbs/09_generation.ipynb #4f5398ea
+# %% ../nbs/09_generation.ipynb #e2e39a9f
 def write_pieces(stream: Stream, tokenizer: Tokenizer, stop: Sequence[str]) -> Iterator[str]:
     "The loop of a stream: one more id, its text, what of it can be shown, and whether that was the last."
     text, pending = tokenizer.stream(stream.prompt_ids), ""
@@ -129,7 +130,7 @@ def write_pieces(stream: Stream, tokenizer: Tokenizer, stop: Sequence[str]) -> I
         elif stream.finish_reason: piece += pending
         if piece: yield piece
 
-# %% ../nbs/09_generation.ipynb #f95d0e6e
+# %% ../nbs/09_generation.ipynb #ad7d2b01
 def render_chat(template: str, messages: Sequence[dict], **names) -> str:
     "The text of a conversation as the model was taught to see it: a Jinja template from the checkpoint, run in a sandbox."
     import jinja2.sandbox
@@ -141,7 +142,7 @@ def render_chat(template: str, messages: Sequence[dict], **names) -> str:
     except Exception as error:
         raise GenerationError(f"the chat template stops with {type(error).__name__}: {error}") from None
 
-# %% ../nbs/09_generation.ipynb #1f4e6d21
+# %% ../nbs/09_generation.ipynb #f20e075a
 def check_prompt(prompt: str | Sequence[int], tokenizer: Tokenizer, context_length: int) -> list[int]:
     "The ids of a prompt (text, or ids as they are): at least one, and fewer than the context holds."
     ids = tokenizer.encode(prompt) if isinstance(prompt, str) else tokenizer.check_ids(prompt)
@@ -158,7 +159,7 @@ def check_stop(stop: str | Sequence[str]) -> list[str]:
         raise GenerationError(f"stop should be one or more texts that are not empty, found {stop!r}")
     return words
 
-# %% ../nbs/09_generation.ipynb #43645ebf
+# %% ../nbs/09_generation.ipynb #46c25fb4
 def chat_text(tokenizer: Tokenizer, messages: Sequence[dict]) -> str:
     "A conversation, `[{'role': 'user', 'content': '...'}, ...]`, as one text up to where the answer begins."
     if tokenizer.chat_template is None:
@@ -168,7 +169,7 @@ def chat_text(tokenizer: Tokenizer, messages: Sequence[dict]) -> str:
     special = dict(bos_token=tokenizer.bos_id, eos_token=tokenizer.eos_id)
     return render_chat(tokenizer.chat_template, messages, **{name: "" if id is None else tokenizer.pieces[id] for name, id in special.items()})
 
-# %% ../nbs/09_generation.ipynb #4480e82b
+# %% ../nbs/09_generation.ipynb #86e95a4c
 class Llama:
     "A model with its tokenizer: text in, text out. `llama_nb.load` makes one."
 
