@@ -3,10 +3,10 @@
 # %% auto #0
 __all__ = ['figure_style', 'is_same', 'check']
 
-# %% ../nbs/00_reading.ipynb #f52613ff
+# %% ../nbs/00_reading.ipynb #f7751aee
 import numpy as np
 
-# %% ../nbs/00_reading.ipynb #2ceb8b31
+# %% ../nbs/00_reading.ipynb #bec25b37
 def figure_style() -> None:
     "The look of every figure; matplotlib is imported here, so that the package does without it."
     import matplotlib.pyplot as plt
@@ -18,7 +18,7 @@ def figure_style() -> None:
         "font.size": 10, "axes.titlesize": 11, "axes.prop_cycle": plt.cycler(color=colors),
         "image.cmap": "viridis"})
 
-# %% ../nbs/00_reading.ipynb #832edb40
+# %% ../nbs/00_reading.ipynb #d887266d
 def is_same(found, expected, tolerance: float) -> bool:
     "Equal shapes, and numbers that differ by `tolerance` at most; all else must be equal."
     try:
@@ -27,7 +27,7 @@ def is_same(found, expected, tolerance: float) -> bool:
     except (TypeError, ValueError):
         return bool(found == expected)
 
-# %% ../nbs/00_reading.ipynb #e65ce2f2
+# %% ../nbs/00_reading.ipynb #ca222887
 def check(attempt, reference, *cases, tolerance: float = 1e-5) -> None:
     """Compares a reader's function with the solution and prints the first difference.
 
@@ -37,7 +37,7 @@ def check(attempt, reference, *cases, tolerance: float = 1e-5) -> None:
         expected = reference(*arguments)
         try:
             found = attempt(*arguments)
-            right = is_same(found, expected, tolerance)
+            right = found is not None and is_same(found, expected, tolerance)
         except Exception as error:
             return print(f"{name}: stops on case {number} with {type(error).__name__}: {error}")
         if found is None or found is Ellipsis:
