@@ -4,7 +4,7 @@
 __all__ = ['BLOCK_PARTS', 'make_layers', 'forward', 'build_model', 'model_layers', 'weight_variables', 'is_transposed',
            'load_weights', 'read_weight']
 
-# %% ../nbs/07_model.ipynb #fee3a504
+# %% ../nbs/07_model.ipynb #1b63193b
 from operator import attrgetter
 
 import keras
@@ -12,50 +12,52 @@ from keras import ops
 from tqdm import tqdm
 
 from .attention import Attention
-from .block import Block, FeedForward, RMSNorm
+from .block import Block, FeedForward, RMSNorm, projection
 from .checkpoint import Checkpoint, CheckpointError, LlamaConfig
 from .embedding import TokenEmbedding, tap
 from .rope import RotaryEmbedding
 
-# %% ../nbs/07_model.ipynb #d7af8906
+# %% ../nbs/07_model.ipynb #a64ba0c6
 def make_layers(config: LlamaConfig, dtype: str = "float32", initializer="zeros") -> dict[str, keras.layers.Layer]:
     "The layers of a LLaMA by name, in the order of the pass; all attentions share one rotary embedding."
-    position = RotaryEmbedding(config.head_dim, config.context_length, config.rope_theta, dtype=dtype, name="rope")
-    layers = [TokenEmbedding(config.vocab_size, config.dim, initializer, dtype=dtype, name="tok_embeddings")]
-    for index in range(config.n_layers):
-        name = f"layers.{index}"
-        attention = Attention(config.n_heads, config.n_kv_heads, config.head_dim, position, initializer, dtype=dtype, name=f"{name}.attention")
-        feed_forward = FeedForward(config.hidden_dim, initializer, dtype=dtype, name=f"{name}.feed_forward")
-        layers.append(Block(attention, feed_forward, config.norm_eps, dtype=dtype, name=name))
-    layers.append(RMSNorm(config.norm_eps, dtype=dtype, name="norm"))
+    same = dict(initializer=keras.initializers.get(initializer), dtype=dtype)
+    heads = config.n_heads, config.n_kv_heads, config.head_dim
+    position = RotaryEmbedding(config.head_dim, config.context_length, config.rope_theta, name="rope", dtype=dtype)
+    layers = [TokenEmbedding(config.vocab_size, config.dim, name="tok_embeddings", **same)]
+    for name in (f"layers.{index}" for index in range(config.n_layers)):
+        attention = Attention(*heads, position, name=f"{name}.attention", **same)
+        feed_forward = FeedForward(config.hidden_dim, name=f"{name}.feed_forward", **same)
+        layers.append(Block(attention, feed_forward, config.norm_eps, name=name, dtype=dtype))
+    layers.append(RMSNorm(config.norm_eps, name="norm", dtype=dtype))
     if not config.tied:
-        layers.append(keras.layers.Dense(config.vocab_size, use_bias=False, kernel_initializer=initializer, dtype=dtype, name="output"))
+        layers.append(projection("output", config.dim, config.vocab_size, **same))
     return {layer.name: layer for layer in layers}
 
-# %% ../nbs/07_model.ipynb #1e5d05b4
+# %% ../nbs/07_model.ipynb #f8b360e1
 def forward(layers: dict[str, keras.layers.Layer], ids, start=0, caches=None, last: bool = False):
-    """Ids (batch, seq) to float32 logits (batch, seq, vocab), or (batch, vocab) of the last position if `last`.
+    """Ids (batch, seq) to float32 logits (batch, seq, vocab); if `last`, those of the last position, (batch, vocab).
     `caches`: one per block, for ids that go on from position `start`."""
     x = layers["tok_embeddings"](ids)
     blocks = [layer for layer in layers.values() if isinstance(layer, Block)]
     for block, cache in zip(blocks, caches or [None] * len(blocks), strict=True):
         x = block(x, start=start, cache=cache)
     x = layers["norm"](x[:, -1] if last else x)
-    logits = layers["output"](x) if "output" in layers else layers["tok_embeddings"](x, reverse=True)
+    if "output" in layers: logits = layers["output"](x)
+    else: logits = layers["tok_embeddings"](x, reverse=True)
     return tap("logits", ops.cast(logits, "float32"))
 
-# %% ../nbs/07_model.ipynb #f577cc5c
+# %% ../nbs/07_model.ipynb #7637e2f4
 def build_model(config: LlamaConfig, dtype: str = "float32", initializer="zeros") -> keras.Model:
     "The functional model, ids (batch, seq) to logits (batch, seq, vocab)."
     ids = keras.Input((None,), dtype="int32", name="ids")
     return keras.Model(ids, forward(make_layers(config, dtype, initializer), ids), name="llama")
 
-# %% ../nbs/07_model.ipynb #80b9fd2a
+# %% ../nbs/07_model.ipynb #cb4d5ae4
 def model_layers(model: keras.Model) -> dict[str, keras.layers.Layer]:
     "The layers that `make_layers` made, out of a functional model."
     return {layer.name: layer for layer in model.layers if layer.weights}
 
-# %% ../nbs/07_model.ipynb #98fb210f
+# %% ../nbs/07_model.ipynb #650d72f7
 BLOCK_PARTS = ("attention_norm", "attention.wq", "attention.wk", "attention.wv", "attention.wo",
                "ffn_norm", "feed_forward.w1", "feed_forward.w2", "feed_forward.w3")
 
@@ -63,31 +65,35 @@ def weight_variables(model: keras.Model) -> dict[str, keras.Variable]:
     "The model's variables under the checkpoint's names, in the checkpoint's order."
     variables = {}
     for name, layer in model_layers(model).items():
-        parts = {f"{name}.{part}": attrgetter(part)(layer) for part in BLOCK_PARTS} if isinstance(layer, Block) else {name: layer}
+        parts = {name: layer}
+        if isinstance(layer, Block):
+            parts = {f"{name}.{part}": attrgetter(part)(layer) for part in BLOCK_PARTS}
         variables |= {f"{part}.weight": sublayer.weights[0] for part, sublayer in parts.items()}
     return variables
 
-# %% ../nbs/07_model.ipynb #74e95ea2
+# %% ../nbs/07_model.ipynb #6fc51b02
 def is_transposed(name: str) -> bool:
     "Whether the model keeps a tensor as the transpose of the checkpoint's (out, in): all but the embedding table."
     return name != "tok_embeddings.weight"
 
-# %% ../nbs/07_model.ipynb #c9325974
+# %% ../nbs/07_model.ipynb #d62a8b06
 def load_weights(model: keras.Model, checkpoint: Checkpoint, progress: bool = False) -> keras.Model:
     "Puts a checkpoint's tensors into the model, one at a time. Names and shapes must be the model's, all of them."
     variables = weight_variables(model)
     for name in sorted(variables.keys() ^ checkpoint.keys()):
-        raise CheckpointError(f"{checkpoint.path}: tensor {name} is {'missing' if name in variables else 'not one of the model'}")
+        problem = "missing" if name in variables else "not one of the model"
+        raise CheckpointError(f"{checkpoint.path}: tensor {name} is {problem}")
     for name, variable in variables.items():
-        expected = tuple(variable.shape)[::-1 if is_transposed(name) else 1]
-        if tuple(checkpoint[name].shape) != expected:
-            raise CheckpointError(f"{checkpoint.path}: tensor {name} should have shape {expected}, found {tuple(checkpoint[name].shape)}")
-    for name, variable in tqdm(variables.items(), "loading", unit="tensor", disable=None if progress else True):
+        found, expected = tuple(checkpoint[name].shape), tuple(variable.shape)[::-1 if is_transposed(name) else 1]
+        if found != expected:
+            raise CheckpointError(f"{checkpoint.path}: tensor {name} should have shape {expected}, found {found}")
+    quiet = None if progress else True
+    for name, variable in tqdm(variables.items(), "loading", unit="tensor", disable=quiet):
         values = checkpoint.read(name)
         variable.assign(values.T if is_transposed(name) else values)
     return model
 
-# %% ../nbs/07_model.ipynb #251068b8
+# %% ../nbs/07_model.ipynb #5299d359
 def read_weight(model: keras.Model, name: str):
     "A variable's values under its checkpoint name, (out, in): what a checkpoint writer asks for."
     values = ops.convert_to_numpy(weight_variables(model)[name])
