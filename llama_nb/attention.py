@@ -3,14 +3,14 @@
 # %% auto #0
 __all__ = ['split_heads', 'merge_heads', 'causal_scores', 'mix_values', 'Attention']
 
-# %% ../nbs/05_attention.ipynb #e50e9a7f
+# %% ../nbs/05_attention.ipynb #aef3204c
 import keras
 from keras import ops
 
 from .block import projection
 from .embedding import tap
 
-# %% ../nbs/05_attention.ipynb #5e3f84d4
+# %% ../nbs/05_attention.ipynb #d7d990ec
 def split_heads(x, heads: int):
     "(batch, seq, heads * head_dim) to (batch, heads, seq, head_dim)"
     batch, length, width = ops.shape(x)
@@ -23,7 +23,7 @@ def merge_heads(x):
     x = ops.transpose(x, (0, 2, 1, 3))
     return ops.reshape(x, (batch, length, heads * head_dim))
 
-# %% ../nbs/05_attention.ipynb #e5875dd1
+# %% ../nbs/05_attention.ipynb #fc744416
 def causal_scores(q, k, start=0):
     """`q · k / sqrt(head_dim)` in float32, and -inf where a query would look ahead:
     (batch, heads, seq, places). q (batch, heads, seq, head_dim) stands at the places
@@ -36,7 +36,7 @@ def causal_scores(q, k, start=0):
     visible = ops.arange(places) <= start + ops.expand_dims(ops.arange(length), 1)
     return ops.where(visible, scores * head_dim**-0.5, float("-inf"))
 
-# %% ../nbs/05_attention.ipynb #fc62c210
+# %% ../nbs/05_attention.ipynb #1f4d32be
 def mix_values(weights, v):
     """Each query's weighted mean of the values: weights (batch, heads, seq, places) and
     v (batch, kv_heads, places, head_dim) to (batch, heads, seq, head_dim)."""
@@ -46,14 +46,14 @@ def mix_values(weights, v):
     mixed = ops.einsum("bkgqp,bkpd->bkgqd", grouped, v)
     return ops.reshape(mixed, (batch, heads, length, head_dim))
 
-# %% ../nbs/05_attention.ipynb #f84ee0fb
+# %% ../nbs/05_attention.ipynb #a7552401
 @keras.saving.register_keras_serializable("llama_nb")
 class Attention(keras.layers.Layer):
-    """Causal self-attention with grouped queries (Vaswani et al. 2017; Ainslie et al. 2023),
-    without biases; (batch, seq, dim) to the same shape. `start`: the place of the first token.
+    """Causal self-attention (Vaswani et al. 2017) with grouped queries (Ainslie et al. 2023),
+    without biases; (batch, seq, dim) to the same shape. `start`: the first token's place.
 
-    `position(x, start=start)` turns queries and keys, (batch, heads, seq, head_dim), by place.
-    `cache.update(k, v, start)` keeps keys and values, and gives those of all places so far."""
+    `position(x, start=start)` turns queries and keys (batch, heads, seq, head_dim) by place.
+    `cache.update(k, v, start)` keeps keys and values, and gives those of all places yet."""
 
     def __init__(self, n_heads: int, n_kv_heads: int, head_dim: int, position=None,
                  initializer="glorot_uniform", **kwargs):
@@ -83,10 +83,10 @@ class Attention(keras.layers.Layer):
         return tap(self.name, self.wo(merge_heads(mixed)))
 
     def get_config(self):
-        objects = {name: keras.saving.serialize_keras_object(getattr(self, name))
-                   for name in ("position", "initializer")}
-        numbers = dict(n_heads=self.n_heads, n_kv_heads=self.n_kv_heads, head_dim=self.head_dim)
-        return super().get_config() | numbers | objects
+        config = {name: getattr(self, name) for name in ("n_heads", "n_kv_heads", "head_dim")}
+        for name in ("position", "initializer"):
+            config[name] = keras.saving.serialize_keras_object(getattr(self, name))
+        return super().get_config() | config
 
     @classmethod
     def from_config(cls, config):

@@ -3,13 +3,13 @@
 # %% auto #0
 __all__ = ['RMSNorm', 'projection', 'FeedForward', 'Block']
 
-# %% ../nbs/04_block.ipynb #fa90ab4a
+# %% ../nbs/04_block.ipynb #4d600bba
 import keras
 from keras import ops
 
 from .embedding import tap
 
-# %% ../nbs/04_block.ipynb #5ffcde8d
+# %% ../nbs/04_block.ipynb #42233d89
 @keras.saving.register_keras_serializable("llama_nb")
 class RMSNorm(keras.layers.Layer):
     """Divides each vector by its root mean square and scales each feature:
@@ -31,7 +31,7 @@ class RMSNorm(keras.layers.Layer):
     def get_config(self):
         return super().get_config() | dict(eps=self.eps)
 
-# %% ../nbs/04_block.ipynb #181b5b12
+# %% ../nbs/04_block.ipynb #8daf9135
 def projection(name: str, inputs: int, outputs: int, initializer, dtype):
     "A matrix without bias, from `inputs` features to `outputs`: a built `Dense`."
     dense = keras.layers.Dense(outputs, use_bias=False, kernel_initializer=initializer.clone(),
@@ -39,7 +39,7 @@ def projection(name: str, inputs: int, outputs: int, initializer, dtype):
     dense.build((None, inputs))
     return dense
 
-# %% ../nbs/04_block.ipynb #391f5e19
+# %% ../nbs/04_block.ipynb #20a1f36a
 @keras.saving.register_keras_serializable("llama_nb")
 class FeedForward(keras.layers.Layer):
     """SwiGLU (Shazeer 2020): `w2(silu(w1 x) * w3 x)`, without biases;
@@ -64,7 +64,7 @@ class FeedForward(keras.layers.Layer):
         initializer = keras.initializers.serialize(self.initializer)
         return super().get_config() | dict(hidden_dim=self.hidden_dim, initializer=initializer)
 
-# %% ../nbs/04_block.ipynb #c23b47cc
+# %% ../nbs/04_block.ipynb #fce780dc
 @keras.saving.register_keras_serializable("llama_nb")
 class Block(keras.layers.Layer):
     """One step of the residual stream: `x + attention(norm(x))`, then
