@@ -3,10 +3,10 @@
 # %% auto #0
 __all__ = ['figure_style', 'is_same', 'check']
 
-# %% ../nbs/00_reading.ipynb #f7751aee
+# %% ../nbs/00_reading.ipynb #69bb6f6d
 import numpy as np
 
-# %% ../nbs/00_reading.ipynb #bec25b37
+# %% ../nbs/00_reading.ipynb #9cdca2c3
 def figure_style() -> None:
     "The look of every figure; matplotlib is imported here, so that the package does without it."
     import matplotlib.pyplot as plt
@@ -18,7 +18,7 @@ def figure_style() -> None:
         "font.size": 10, "axes.titlesize": 11, "axes.prop_cycle": plt.cycler(color=colors),
         "image.cmap": "viridis"})
 
-# %% ../nbs/00_reading.ipynb #d887266d
+# %% ../nbs/00_reading.ipynb #76a38205
 def is_same(found, expected, tolerance: float) -> bool:
     "Equal shapes, and numbers that differ by `tolerance` at most; all else must be equal."
     try:
@@ -27,7 +27,7 @@ def is_same(found, expected, tolerance: float) -> bool:
     except (TypeError, ValueError):
         return bool(found == expected)
 
-# %% ../nbs/00_reading.ipynb #ca222887
+# %% ../nbs/00_reading.ipynb #37da8ce2
 def check(attempt, reference, *cases, tolerance: float = 1e-5) -> None:
     """Compares a reader's function with the solution and prints the first difference.
 
