@@ -4,10 +4,11 @@
 __all__ = ['NORMAL', 'UNKNOWN', 'CONTROL', 'USER_DEFINED', 'UNUSED', 'BYTE', 'SPACE', 'LLAMA3_WORDS', 'TokenizerError',
            'read_varint', 'read_fields', 'Piece', 'SentencePieceModel', 'parse_model', 'merge_pairs', 'split_at',
            'HandMadeBPE', 'import_tensorflow_text', 'TensorFlowTextBPE', 'TextStream', 'Vocabulary', 'check_text',
-           'Tokenizer', 'SentencePieceTokenizer', 'show_tokens', 'byte_letters', 'word_splitter', 'ByteLevelTokenizer',
-           'write_field', 'serialize_model', 'gguf_tokenizer', 'load_tokenizer', 'synth_tokenizer']
+           'Tokenizer', 'piece_bytes', 'SentencePieceTokenizer', 'show_tokens', 'byte_letters', 'word_splitter',
+           'merge_parts', 'ByteLevelTokenizer', 'write_field', 'serialize_model', 'gguf_tokenizer', 'load_tokenizer',
+           'synth_tokenizer']
 
-# %% ../nbs/02_tokenizer.ipynb #7c89664e
+# %% ../nbs/02_tokenizer.ipynb #2cd8ac8c
 import codecs, functools, heapq, re, struct
 from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
@@ -15,13 +16,13 @@ from typing import NamedTuple
 
 from .checkpoint import CheckpointError, check_file, gguf_metadata
 
-# %% ../nbs/02_tokenizer.ipynb #df0d6bc6
+# %% ../nbs/02_tokenizer.ipynb #c8a8e4d8
 class TokenizerError(ValueError):
     "A tokenizer that cannot be used, or text and ids that it cannot take: one line."
 
-# %% ../nbs/02_tokenizer.ipynb #a398e6f8
+# %% ../nbs/02_tokenizer.ipynb #92f4808a
 def read_varint(data: bytes, at: int) -> tuple[int, int]:
-    "The whole number that begins at `data[at]`, seven bits a byte, and where the next thing begins."
+    "The whole number at `data[at]`, seven bits a byte, and where it ends."
     value = shift = 0
     while True:
         byte, at = data[at], at + 1
@@ -29,9 +30,9 @@ def read_varint(data: bytes, at: int) -> tuple[int, int]:
         if byte < 128: return value, at
         shift += 7
 
-# %% ../nbs/02_tokenizer.ipynb #fc60edb8
+# %% ../nbs/02_tokenizer.ipynb #6f9df099
 def read_fields(message: bytes):
-    "The fields of a protocol-buffer message, one by one: (number, value), where a value is a whole number or bytes."
+    "The fields of a protocol-buffer message: (number, value), a whole number or bytes."
     at = 0
     while at < len(message):
         key, at = read_varint(message, at)
@@ -44,12 +45,12 @@ def read_fields(message: bytes):
             if at > len(message): raise IndexError("cut short")
         yield number, value
 
-# %% ../nbs/02_tokenizer.ipynb #0e798eda
+# %% ../nbs/02_tokenizer.ipynb #f956516e
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 SPACE = "\u2581"
 
 class Piece(NamedTuple):
-    "An entry of the vocabulary; `kind` is SentencePiece's: NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED or BYTE."
+    "An entry of the vocabulary; `kind` is one of the six above."
     text: str
     score: float
     kind: int
@@ -62,34 +63,37 @@ class SentencePieceModel(NamedTuple):
     dummy_prefix: bool = True
     squeeze_spaces: bool = False
 
-# %% ../nbs/02_tokenizer.ipynb #41d65582
+# %% ../nbs/02_tokenizer.ipynb #6f68bd83
 def parse_model(data: bytes) -> SentencePieceModel:
     "The contents of a `tokenizer.model` file."
     pieces, settings = [], {}
     for number, value in read_fields(data):
         if number == 1:
             fields = dict(read_fields(value))
-            pieces.append(Piece(fields[1].decode(), struct.unpack("<f", fields.get(2, bytes(4)))[0], fields.get(3, NORMAL)))
+            (score,) = struct.unpack("<f", fields.get(2, bytes(4)))
+            pieces.append(Piece(fields[1].decode(), score, fields.get(3, NORMAL)))
         elif number in (2, 3):
             settings[number] = dict(read_fields(value))
     trainer, normalizer = settings[2], settings[3]
-    return SentencePieceModel(pieces, trainer.get(3, 1) == 2, normalizer.get(2, b""), bool(normalizer.get(3, 1)), bool(normalizer.get(4, 1)))
+    return SentencePieceModel(pieces, trainer.get(3, 1) == 2, normalizer.get(2, b""),
+                              bool(normalizer.get(3, 1)), bool(normalizer.get(4, 1)))
 
-# %% ../nbs/02_tokenizer.ipynb #accca3a3
+# %% ../nbs/02_tokenizer.ipynb #582aa13f
 def merge_pairs(text: str, scores: dict[str, float]) -> list[str]:
-    "Byte-pair encoding of a text: neighbours that together are in `scores` are joined, best score first, then leftmost."
+    "Joins neighbours that together are in `scores`, best score first, then leftmost."
     symbols, before, queue = list(text), list(range(-1, len(text) - 1)), []
 
     def propose(left, right):
-        if 0 <= left and right < len(symbols) and (merged := symbols[left] + symbols[right]) in scores:
-            heapq.heappush(queue, (-scores[merged], left, right, merged))
+        if left < 0 or right == len(symbols): return
+        merged = symbols[left] + symbols[right]
+        if merged in scores: heapq.heappush(queue, (-scores[merged], left, right, merged))
 
     for right in range(1, len(symbols)):
         propose(right - 1, right)
     while queue:
         _, left, right, merged = heapq.heappop(queue)
-        if not symbols[left] or not symbols[right] or symbols[left] + symbols[right] != merged:
-            continue
+        alive = symbols[left] and symbols[right]
+        if not alive or symbols[left] + symbols[right] != merged: continue
         symbols[left], symbols[right] = merged, ""
         end = left + len(merged)
         if end < len(symbols): before[end] = left
@@ -97,38 +101,41 @@ def merge_pairs(text: str, scores: dict[str, float]) -> list[str]:
         propose(left, end)
     return [symbol for symbol in symbols if symbol]
 
-# %% ../nbs/02_tokenizer.ipynb #1bd938bc
+# %% ../nbs/02_tokenizer.ipynb #4569a05c
 def split_at(words: Collection[str], text: str) -> list[str]:
-    "Cuts a text before and after each of some words, the longest first where several begin at one place."
+    "Cuts a text before and after each of some words, the longest first."
     if not words: return [text]
     pattern = "|".join(map(re.escape, sorted(words, key=len, reverse=True)))
     return [part for part in re.split(f"({pattern})", text) if part]
 
-# %% ../nbs/02_tokenizer.ipynb #77a00717
+# %% ../nbs/02_tokenizer.ipynb #8eeabb56
 class HandMadeBPE:
-    "SentencePiece's byte-pair encoding in plain Python (Sennrich et al. 2016; Kudo & Richardson 2018): the same ids as the library's."
+    "SentencePiece's byte-pair encoding in plain Python: the same ids as the library's."
 
     def __init__(self, model: SentencePieceModel):
-        kinds = {piece.kind for piece in model.pieces}
-        if not model.is_bpe or model.charsmap or model.squeeze_spaces or UNUSED in kinds:
-            raise TokenizerError("the hand-made tokenizer takes byte-pair models with identity normalization only; install tensorflow-text for others")
+        ids = {kind: {} for kind in range(1, 7)}
+        for id, piece in enumerate(model.pieces): ids[piece.kind][piece.text] = id
+        if not model.is_bpe or model.charsmap or model.squeeze_spaces or ids[UNUSED]:
+            raise TokenizerError("by hand only byte-pair models with identity normalization "
+                                 "are encoded; install tensorflow-text for others")
         self.prefix = SPACE if model.dummy_prefix else ""
-        ids = {kind: {piece.text: id for id, piece in enumerate(model.pieces) if piece.kind == kind} for kind in kinds}
-        self.unknown, self.whole = min(ids[UNKNOWN].values()), ids.get(USER_DEFINED, {})
-        self.ids = ids.get(NORMAL, {}) | self.whole
-        self.byte_ids = {int(text[3:5], 16): id for text, id in ids.get(BYTE, {}).items()}
-        self.scores = {text: model.pieces[id].score for text, id in ids.get(NORMAL, {}).items()}
+        self.ids, self.whole = ids[NORMAL] | ids[USER_DEFINED], ids[USER_DEFINED]
+        self.scores = {text: model.pieces[id].score for text, id in ids[NORMAL].items()}
+        self.bytes = {int(text[3:5], 16): id for text, id in ids[BYTE].items()}
+        self.unknown = min(ids[UNKNOWN].values())
 
     def encode(self, text: str) -> list[int]:
+        if not text: return []
         ids = []
-        for part in split_at(self.whole, (self.prefix + text).replace(" ", SPACE)) if text else []:
-            for symbol in [part] if part in self.whole else merge_pairs(part, self.scores):
+        for part in split_at(self.whole, (self.prefix + text).replace(" ", SPACE)):
+            symbols = [part] if part in self.whole else merge_pairs(part, self.scores)
+            for symbol in symbols:
                 if symbol in self.ids: ids.append(self.ids[symbol])
-                elif self.byte_ids: ids += [self.byte_ids[byte] for byte in symbol.encode()]
+                elif self.bytes: ids += [self.bytes[byte] for byte in symbol.encode()]
                 elif ids[-1:] != [self.unknown]: ids.append(self.unknown)
         return ids
 
-# %% ../nbs/02_tokenizer.ipynb #a089a5f1
+# %% ../nbs/02_tokenizer.ipynb #0a1a08be
 def import_tensorflow_text():
     "TensorFlow Text, or None where it has no wheel."
     try:
@@ -137,9 +144,10 @@ def import_tensorflow_text():
     except ImportError:
         return None
 
-# %% ../nbs/02_tokenizer.ipynb #96480a0e
+# %% ../nbs/02_tokenizer.ipynb #64835acf
 class TensorFlowTextBPE:
-    "Text to ids through TensorFlow Text, whose encoder is lost whenever TensorFlow clears its caches (`tf.random.set_seed` does): then it is made again."
+    """Text to ids through TensorFlow Text. Its encoder is lost whenever TensorFlow clears
+    its caches, as `tf.random.set_seed` does: then it is made again."""
 
     def __init__(self, tensorflow_text, data: bytes):
         from tensorflow.errors import OpError
@@ -147,7 +155,8 @@ class TensorFlowTextBPE:
         try:
             self.encoder = self.make()
         except OpError as error:
-            raise TokenizerError(f"SentencePiece refuses the model: {error.message.splitlines()[0]}") from None
+            reason = error.message.splitlines()[0]
+            raise TokenizerError(f"SentencePiece refuses the model: {reason}") from None
 
     def encode(self, text: str) -> list[int]:
         from tensorflow.errors import NotFoundError
@@ -157,9 +166,9 @@ class TensorFlowTextBPE:
             self.encoder = self.make()
             return self.encoder.tokenize(text).numpy().tolist()
 
-# %% ../nbs/02_tokenizer.ipynb #471bf66c
+# %% ../nbs/02_tokenizer.ipynb #b10d66fc
 class TextStream:
-    "Ids in, text out, in whole characters: the first bytes of a character wait for its last."
+    "Ids in, text out, in whole characters: their first bytes wait for the last."
 
     def __init__(self, tokenizer: "Vocabulary"):
         self.tokenizer, self.at_start = tokenizer, tokenizer.strip_first_space
@@ -178,10 +187,10 @@ class TextStream:
         "What is left of a character that never came to its end."
         return self.decoder.decode(b"", final=True)
 
-# %% ../nbs/02_tokenizer.ipynb #5e615361
+# %% ../nbs/02_tokenizer.ipynb #27514a4c
 class Vocabulary:
-    """Ids to text. `pieces`: each id's text as the vocabulary writes it; `token_bytes`: the bytes that each id stands for;
-    `special`: the ids that stand for no text."""
+    """Ids to text. `pieces`: each id's text as the vocabulary writes it; `token_bytes`:
+    the bytes that each id stands for; `special`: the ids that stand for no text."""
     pieces: list[str]
     token_bytes: list[bytes]
     special: frozenset[int]
@@ -196,33 +205,35 @@ class Vocabulary:
         ids = [int(id) for id in ids]
         for id in ids:
             if not 0 <= id < self.vocab_size:
-                raise TokenizerError(f"ids should be in 0..{self.vocab_size - 1}, found {id}")
+                last = self.vocab_size - 1
+                raise TokenizerError(f"ids should be in 0..{last}, found {id}")
         return ids
 
     def stream(self, before: Iterable[int] = ()) -> TextStream:
-        "A decoder that takes one id at a time, going on from the text of the ids `before`."
+        "A decoder that takes one id at a time, going on from the ids `before`."
         stream = TextStream(self)
         for id in self.check_ids(before): stream.push(id)
         return stream
 
     def decode(self, ids: Iterable[int]) -> str:
-        "The text of ids; special tokens stand for none, bytes that are no UTF-8 become U+FFFD."
+        "The text of ids; special tokens have none, broken UTF-8 becomes U+FFFD."
         stream = TextStream(self)
         return "".join(map(stream.push, self.check_ids(ids))) + stream.finish()
 
-# %% ../nbs/02_tokenizer.ipynb #324f3dfe
+# %% ../nbs/02_tokenizer.ipynb #3d3a789a
 def check_text(text: str) -> str:
     "The text, if it is valid Unicode."
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise TokenizerError(f"text should be valid Unicode, found {text[error.start]!r} at position {error.start}") from None
+        place = f"{text[error.start]!r} at position {error.start}"
+        raise TokenizerError(f"text should be valid Unicode, found {place}") from None
     return text
 
-# %% ../nbs/02_tokenizer.ipynb #40c06fcf
+# %% ../nbs/02_tokenizer.ipynb #53983cf0
 class Tokenizer(Vocabulary):
-    """Text to ids and back. `bos_id` begins and `eos_id` ends a sequence; `stop_ids` end a continuation.
-    A kind of tokenizer adds `encode_plain`, which knows nothing of special tokens."""
+    """Text to ids and back. `bos_id` begins and `eos_id` ends a sequence; `stop_ids` end
+    a continuation. A kind adds `encode_plain`, which knows nothing of special tokens."""
     stop_ids: frozenset[int]
     bos_id: int | None
     eos_id: int | None
@@ -232,8 +243,9 @@ class Tokenizer(Vocabulary):
     def encode_plain(self, text: str) -> list[int]:
         raise NotImplementedError
 
-    def encode(self, text: str, add_bos: bool = True, allow_special: bool = False) -> list[int]:
-        """The ids of a text, after the begin-of-sequence id if `add_bos` and the model was trained with one.
+    def encode(self, text: str, add_bos: bool = True,
+               allow_special: bool = False) -> list[int]:
+        """The ids of a text, after `bos_id` if `add_bos` and the model was trained with it.
         What looks like a special token is plain text unless `allow_special`."""
         special = {self.pieces[id]: id for id in self.special} if allow_special else {}
         ids = []
@@ -242,143 +254,173 @@ class Tokenizer(Vocabulary):
         begin = [self.bos_id] if add_bos and self.add_bos else []
         return ids if special and begin == ids[:1] else begin + ids
 
-# %% ../nbs/02_tokenizer.ipynb #725ddb8f
+# %% ../nbs/02_tokenizer.ipynb #36264ff3
+def piece_bytes(piece: Piece) -> bytes:
+    "The bytes that a piece of a SentencePiece vocabulary stands for."
+    if piece.kind == BYTE: return bytes([int(piece.text[3:5], 16)])
+    return piece.text.replace(SPACE, " ").encode()
+
+# %% ../nbs/02_tokenizer.ipynb #ad9a8a91
 class SentencePieceTokenizer(Tokenizer):
-    "A `tokenizer.model` file's bytes. `by_hand` takes this chapter's own encoder in place of TensorFlow Text's."
+    "A `tokenizer.model` file's bytes. `by_hand`: through this chapter's own encoder."
 
     def __init__(self, data: bytes, by_hand: bool = False):
         try:
             model = parse_model(data)
-            self.token_bytes = [bytes([int(text[3:5], 16)]) if kind == BYTE else text.replace(SPACE, " ").encode() for text, _, kind in model.pieces]
-        except (IndexError, KeyError, ValueError, AttributeError, TypeError, struct.error):
+            self.token_bytes = list(map(piece_bytes, model.pieces))
+        except (LookupError, ValueError, AttributeError, TypeError, struct.error):
             raise TokenizerError("not a SentencePiece model, or cut short") from None
         self.data, self.model, self.by_hand = data, model, by_hand
         self.pieces = [piece.text for piece in model.pieces]
-        self.special = frozenset(id for id, piece in enumerate(model.pieces) if piece.kind in (CONTROL, UNKNOWN))
-        self.bos_id, self.eos_id = (next((id for id in self.special if self.pieces[id] == name), None) for name in ("<s>", "</s>"))
-        self.add_bos, self.stop_ids = self.bos_id is not None, frozenset({self.eos_id} - {None})
+        self.special = frozenset(id for id, piece in enumerate(model.pieces)
+                                 if piece.kind in (CONTROL, UNKNOWN))
+        special = {self.pieces[id]: id for id in self.special}
+        self.bos_id, self.eos_id = special.get("<s>"), special.get("</s>")
+        self.add_bos, self.stop_ids = "<s>" in special, frozenset({self.eos_id} - {None})
         self.strip_first_space = model.dummy_prefix
 
     @functools.cached_property
     def encode_plain(self):
         library = None if self.by_hand else import_tensorflow_text()
-        return HandMadeBPE(self.model).encode if library is None else TensorFlowTextBPE(library, self.data).encode
+        if library is None: return HandMadeBPE(self.model).encode
+        return TensorFlowTextBPE(library, self.data).encode
 
-# %% ../nbs/02_tokenizer.ipynb #45b2ebe8
+# %% ../nbs/02_tokenizer.ipynb #e829a7bf
 def show_tokens(tokenizer: Tokenizer, text_or_ids) -> None:
     "Prints each id above its piece."
-    ids = tokenizer.encode(text_or_ids) if isinstance(text_or_ids, str) else tokenizer.check_ids(text_or_ids)
+    take = tokenizer.encode if isinstance(text_or_ids, str) else tokenizer.check_ids
+    ids = take(text_or_ids)
     pieces = [tokenizer.pieces[id] for id in ids]
     widths = [max(len(str(id)), len(piece)) for id, piece in zip(ids, pieces)]
     print("  ".join(str(id).ljust(width) for id, width in zip(ids, widths)))
     print("  ".join(piece.ljust(width) for piece, width in zip(pieces, widths)))
 
-# %% ../nbs/02_tokenizer.ipynb #acb0ac0c
+# %% ../nbs/02_tokenizer.ipynb #590dd7cb
 @functools.cache
 def byte_letters() -> dict[str, int]:
     "GPT-2's alphabet: a printable letter for each byte (Radford et al. 2019)."
-    printable = [*range(ord("!"), ord("~") + 1), *range(ord("\xa1"), ord("\xac") + 1), *range(ord("\xae"), ord("\xff") + 1)]
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
-    return {chr(byte): byte for byte in printable} | {chr(256 + index): byte for index, byte in enumerate(others)}
+    letters = {chr(byte): byte for byte in printable}
+    return letters | {chr(256 + index): byte for index, byte in enumerate(others)}
 
-# %% ../nbs/02_tokenizer.ipynb #690b51ab
-LLAMA3_WORDS = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-                r"|\s*[\r\n]+|\s+(?!\S)|\s+")
+# %% ../nbs/02_tokenizer.ipynb #ecef97cf
+LLAMA3_WORDS = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+                r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
 
 def word_splitter(name: str):
     "How text is cut before merging, by its name in GGUF files."
-    from tokenizers import Regex, pre_tokenizers
-    if name == "llama-bpe":
-        steps = [pre_tokenizers.Split(Regex(LLAMA3_WORDS), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
-    elif name in ("smollm", "gpt-2"):
-        steps = [pre_tokenizers.Digits(individual_digits=True)] if name == "smollm" else []
-        steps.append(pre_tokenizers.ByteLevel(add_prefix_space=False))
-    else:
-        raise TokenizerError(f"text is to be cut as by gpt-2, smollm or llama-bpe, found {name}")
-    return pre_tokenizers.Sequence(steps)
+    from tokenizers import Regex, pre_tokenizers as cut
+    first = {"gpt-2": [], "smollm": [cut.Digits(individual_digits=True)],
+             "llama-bpe": [cut.Split(Regex(LLAMA3_WORDS), "isolated")]}
+    if name not in first:
+        raise TokenizerError(f"text should be cut as by {', '.join(first)}, found {name}")
+    letters = cut.ByteLevel(add_prefix_space=False, use_regex=name != "llama-bpe")
+    return cut.Sequence([*first[name], letters])
 
-# %% ../nbs/02_tokenizer.ipynb #b846e73c
+# %% ../nbs/02_tokenizer.ipynb #745a0b6f
+def merge_parts(merges: Sequence[str], vocabulary: Collection[str]) -> list[tuple[str, str]]:
+    "The two pieces of each merge; they and what they make must be in the vocabulary."
+    pairs = [tuple(merge.split(" ")) for merge in merges]
+    for pair in pairs:
+        if len(pair) != 2 or any(text not in vocabulary for text in (*pair, "".join(pair))):
+            raise TokenizerError(f"a merge is two pieces that make a third, found {' '.join(pair)!r}")
+    return pairs
+
+# %% ../nbs/02_tokenizer.ipynb #7af39f50
 class ByteLevelTokenizer(Tokenizer):
-    "Byte-level BPE through the `tokenizers` library. `splitter` names how text is cut before merging, in GGUF's words: gpt-2, smollm or llama-bpe."
+    """Byte-level BPE through the `tokenizers` library. `splitter`: how text is cut before
+    merging, by GGUF's names; `added`: ids of pieces that are found before anything else."""
 
-    def __init__(self, pieces: Sequence[str], merges: Sequence[str], special: Iterable[int], splitter: str = "gpt-2", added: Iterable[int] = (),
-                 bos_id: int | None = None, eos_id: int | None = None, stop_ids: Iterable[int] = (), add_bos: bool = False, chat_template: str | None = None):
+    def __init__(self, pieces: Sequence[str], merges: Sequence[str], special: Iterable[int],
+                 splitter: str = "gpt-2", added: Iterable[int] = (), bos_id: int | None = None,
+                 eos_id: int | None = None, stop_ids: Iterable[int] = (),
+                 add_bos: bool = False, chat_template: str | None = None):
         from tokenizers import AddedToken, Tokenizer as Library, models
         self.pieces, self.special, added = list(pieces), frozenset(special), frozenset(added)
-        self.bos_id, self.eos_id, self.add_bos, self.chat_template = bos_id, eos_id, add_bos and bos_id is not None, chat_template
+        self.bos_id, self.eos_id, self.chat_template = bos_id, eos_id, chat_template
+        self.add_bos = add_bos and bos_id is not None
         self.stop_ids = frozenset({eos_id, *stop_ids} - {None})
-        as_text, letters = self.special | added, byte_letters()
-        self.token_bytes = [piece.encode() if id in as_text else bytes(letters[letter] for letter in piece) for id, piece in enumerate(self.pieces)]
-        vocabulary, pairs = {piece: id for id, piece in enumerate(self.pieces)}, [tuple(merge.split(" ")) for merge in merges]
-        for pair in pairs:
-            if len(pair) != 2 or not {*pair, "".join(pair)} <= vocabulary.keys():
-                raise TokenizerError(f"merges should be two pieces that make a third, found {' '.join(pair)!r}")
+        letters, as_text = byte_letters(), self.special | added
+        self.token_bytes = [piece.encode() if id in as_text else bytes(map(letters.get, piece))
+                            for id, piece in enumerate(self.pieces)]
+        vocabulary = {piece: id for id, piece in enumerate(self.pieces)}
+        pairs = merge_parts(merges, vocabulary)
         library = Library(models.BPE(vocabulary, pairs, ignore_merges=splitter == "llama-bpe"))
         library.pre_tokenizer = word_splitter(splitter)
-        library.add_tokens([AddedToken(self.pieces[id], normalized=False) for id in sorted(added)])
+        library.add_tokens([AddedToken(pieces[id], normalized=False) for id in sorted(added)])
         self.encode_plain = lambda text: library.encode(text, add_special_tokens=False).ids
 
-# %% ../nbs/02_tokenizer.ipynb #bf36acd2
+# %% ../nbs/02_tokenizer.ipynb #b0436ae2
 def write_field(number: int, value) -> bytes:
     "One field of a protocol-buffer message: an integer, a float, text or bytes."
     def varint(value):
-        return bytes([value & 127 | 128]) + varint(value >> 7) if value > 127 else bytes([value])
+        if value < 128: return bytes([value])
+        return bytes([value & 127 | 128]) + varint(value >> 7)
     if isinstance(value, int): return varint(number << 3) + varint(value)
-    if isinstance(value, float): return varint(number << 3 | 5) + struct.pack("<f", value)
+    if isinstance(value, float):
+        return varint(number << 3 | 5) + struct.pack("<f", value)
     data = value.encode() if isinstance(value, str) else value
     return varint(number << 3 | 2) + varint(len(data)) + data
 
-# %% ../nbs/02_tokenizer.ipynb #17ccf7ab
+# %% ../nbs/02_tokenizer.ipynb #4d06a414
 def serialize_model(model: SentencePieceModel) -> bytes:
     "A `tokenizer.model` file that `parse_model` and SentencePiece read."
-    pieces = [write_field(1, write_field(1, text) + write_field(2, float(score)) + write_field(3, kind)) for text, score, kind in model.pieces]
+    def message(*fields): return b"".join(write_field(*field) for field in fields)
+    pieces = [(1, message((1, text), (2, float(score)), (3, kind))) for text, score, kind in model.pieces]
     has_bytes = any(piece.kind == BYTE for piece in model.pieces)
-    trainer = write_field(3, 2 if model.is_bpe else 1) + write_field(35, int(has_bytes))
-    normalizer = (write_field(1, "identity") + write_field(2, model.charsmap)
-                  + write_field(3, int(model.dummy_prefix)) + write_field(4, int(model.squeeze_spaces)))
-    return b"".join(pieces) + write_field(2, trainer) + write_field(3, normalizer)
+    trainer = message((3, 2 if model.is_bpe else 1), (35, int(has_bytes)))
+    normalizer = message((1, "identity"), (2, model.charsmap), (3, int(model.dummy_prefix)),
+                         (4, int(model.squeeze_spaces)))
+    return message(*pieces, (2, trainer), (3, normalizer))
 
-# %% ../nbs/02_tokenizer.ipynb #d38a0379
+# %% ../nbs/02_tokenizer.ipynb #c38998a7
 def gguf_tokenizer(path) -> Tokenizer:
     "The tokenizer in a GGUF file's metadata."
     def field(key, default=None): return gguf_metadata(path, f"tokenizer.{key}", default)
-    pieces, kinds, model = field("ggml.tokens"), field("ggml.token_type"), field("ggml.model")
+    pieces, kinds, model = (field(f"ggml.{key}") for key in ("tokens", "token_type", "model"))
+    bos_id, eos_id = field("ggml.bos_token_id"), field("ggml.eos_token_id")
     if not pieces or not kinds or len(kinds) != len(pieces):
-        raise TokenizerError(f"{path}: tokenizer.ggml.tokens and tokenizer.ggml.token_type were expected, one entry each a token")
-    if model not in ("llama", "gpt2"):
-        raise TokenizerError(f"{path}: a tokenizer of kind llama or gpt2 was expected, found {model}")
-    bos_id, eos_id, splitter = field("ggml.bos_token_id"), field("ggml.eos_token_id"), field("ggml.pre", "gpt-2")
+        raise TokenizerError(f"{path}: tokenizer.ggml.tokens and tokenizer.ggml.token_type "
+                             "were expected, one entry each a token")
     if model == "gpt2":
-        special, added = ([id for id, kind in enumerate(kinds) if kind == wanted] for wanted in (CONTROL, USER_DEFINED))
-        return ByteLevelTokenizer(pieces, field("ggml.merges", []), special, splitter, added, bos_id, eos_id, [field("ggml.eot_token_id")],
-                                  field("ggml.add_bos_token", splitter == "llama-bpe"), field("chat_template"))
-    scores, dummy_prefix = field("ggml.scores", [0.0] * len(pieces)), field("ggml.add_space_prefix", True)
-    tokenizer = SentencePieceTokenizer(serialize_model(SentencePieceModel(list(map(Piece, pieces, scores, kinds)), dummy_prefix=dummy_prefix)))
-    tokenizer.bos_id, tokenizer.eos_id, tokenizer.chat_template = bos_id, eos_id, field("chat_template")
-    tokenizer.add_bos, tokenizer.stop_ids = field("ggml.add_bos_token", True), frozenset({eos_id} - {None})
+        special, added = ([id for id, kind in enumerate(kinds) if kind == wanted]
+                          for wanted in (CONTROL, USER_DEFINED))
+        splitter = field("ggml.pre", "gpt-2")
+        add_bos = field("ggml.add_bos_token", splitter == "llama-bpe")
+        return ByteLevelTokenizer(pieces, field("ggml.merges", []), special, splitter, added, bos_id,
+                                  eos_id, [field("ggml.eot_token_id")], add_bos, field("chat_template"))
+    if model != "llama":
+        raise TokenizerError(f"{path}: a tokenizer of kind llama or gpt2 was expected, found {model}")
+    pieces = list(map(Piece, pieces, field("ggml.scores", [0.0] * len(pieces)), kinds))
+    prefix = field("ggml.add_space_prefix", True)
+    tokenizer = SentencePieceTokenizer(serialize_model(SentencePieceModel(pieces, dummy_prefix=prefix)))
+    tokenizer.bos_id, tokenizer.eos_id, tokenizer.stop_ids = bos_id, eos_id, frozenset({eos_id} - {None})
+    tokenizer.add_bos, tokenizer.chat_template = field("ggml.add_bos_token", True), field("chat_template")
     return tokenizer
 
-# %% ../nbs/02_tokenizer.ipynb #14966a50
+# %% ../nbs/02_tokenizer.ipynb #518f7bf0
 def load_tokenizer(path) -> Tokenizer:
-    "The tokenizer of a `.model` file, a GGUF file, or a folder that holds one; no weights are read."
+    "The tokenizer of a `.model` or GGUF file, or of a folder with one; reads no weights."
     path = Path(path).expanduser()
     if path.is_dir():
-        candidates = [path / "tokenizer.model"] if (path / "tokenizer.model").exists() else sorted(path.glob("*.gguf"))
-        if len(candidates) != 1:
+        files = sorted(path.glob("tokenizer.model")) or sorted(path.glob("*.gguf"))
+        if len(files) != 1:
             raise TokenizerError(f"{path}: tokenizer.model or one .gguf file was expected")
-        path = candidates[0]
+        path = files[0]
     try:
         with check_file(path).open("rb") as file:
             is_gguf = file.read(4) == b"GGUF" or path.suffix == ".gguf"
         return gguf_tokenizer(path) if is_gguf else SentencePieceTokenizer(path.read_bytes())
     except (CheckpointError, TokenizerError) as error:
-        raise TokenizerError(str(error) if str(path) in str(error) else f"{path}: {error}") from None
+        named = "" if str(path) in str(error) else f"{path}: "
+        raise TokenizerError(f"{named}{error}") from None
 
-# %% ../nbs/02_tokenizer.ipynb #389851a5
+# %% ../nbs/02_tokenizer.ipynb #c1e69e88
 def synth_tokenizer(vocab_size: int) -> bytes:
-    "A `tokenizer.model` of any size for weights without words: three control pieces, the 256 bytes, then single characters."
+    "A `tokenizer.model` without words: specials, the 256 bytes, then single characters."
     pieces = [Piece("<unk>", 0, UNKNOWN), Piece("<s>", 0, CONTROL), Piece("</s>", 0, CONTROL)]
     pieces += [Piece(f"<0x{byte:02X}>", 0, BYTE) for byte in range(256)]
-    letters = [SPACE] + [chr(code) for code in range(33, 0x20000) if not 0xD800 <= code < 0xE000 and chr(code) != SPACE]
-    pieces += [Piece(letter, -float(rank), NORMAL) for rank, letter in enumerate(letters[:vocab_size - len(pieces)])]
+    codes = [ord(SPACE), *range(33, ord(SPACE)), *range(ord(SPACE) + 1, 0xD800), *range(0xE000, 0x20000)]
+    pieces += [Piece(chr(code), -rank, NORMAL) for rank, code in enumerate(codes[:vocab_size - len(pieces)])]
     return serialize_model(SentencePieceModel(pieces))
