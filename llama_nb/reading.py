@@ -3,12 +3,12 @@
 # %% auto #0
 __all__ = ['figure_style', 'is_same', 'check']
 
-# %% ../nbs/00_reading.ipynb #69bb6f6d
+# %% ../nbs/00_reading.ipynb #9d7f7eb8
 import numpy as np
 
-# %% ../nbs/00_reading.ipynb #9cdca2c3
+# %% ../nbs/00_reading.ipynb #c964a5e4
 def figure_style() -> None:
-    "The look of every figure; matplotlib is imported here, so that the package does without it."
+    "The look of every figure; matplotlib is imported here, as the package needs none."
     import matplotlib.pyplot as plt
     colors = ["#0b6e99", "#d9730d", "#448361", "#ad1a72", "#6940a5", "#64473a"]
     plt.rcParams.update({
@@ -18,16 +18,16 @@ def figure_style() -> None:
         "font.size": 10, "axes.titlesize": 11, "axes.prop_cycle": plt.cycler(color=colors),
         "image.cmap": "viridis"})
 
-# %% ../nbs/00_reading.ipynb #76a38205
+# %% ../nbs/00_reading.ipynb #f003a72a
 def is_same(found, expected, tolerance: float) -> bool:
     "Equal shapes, and numbers that differ by `tolerance` at most; all else must be equal."
     try:
         close = np.allclose(found, expected, rtol=0, atol=tolerance, equal_nan=True)
         return bool(close) and np.shape(found) == np.shape(expected)
     except (TypeError, ValueError):
-        return bool(found == expected)
+        return np.array_equal(np.asarray(found, object), np.asarray(expected, object))
 
-# %% ../nbs/00_reading.ipynb #37da8ce2
+# %% ../nbs/00_reading.ipynb #10e7d483
 def check(attempt, reference, *cases, tolerance: float = 1e-5) -> None:
     """Compares a reader's function with the solution and prints the first difference.
 
