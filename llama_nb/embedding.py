@@ -3,14 +3,14 @@
 # %% auto #0
 __all__ = ['tap', 'listening', 'TokenEmbedding']
 
-# %% ../nbs/03_embedding.ipynb #0ddbf991
+# %% ../nbs/03_embedding.ipynb #de3f8fe2
 import contextlib
 from collections.abc import Callable
 
 import keras
 from keras import ops
 
-# %% ../nbs/03_embedding.ipynb #180e4a1b
+# %% ../nbs/03_embedding.ipynb #993eb2fb
 _listener = None
 
 def tap(name: str, value):
@@ -19,7 +19,8 @@ def tap(name: str, value):
 
 @contextlib.contextmanager
 def listening(listener: Callable):
-    "Within the block, `listener(name, value)` is handed every tapped value, and what it returns is used in its place."
+    """Within the block, `listener(name, value)` is handed every tapped value,
+    and what it returns is used in its place."""
     global _listener
     before, _listener = _listener, listener
     try:
@@ -27,18 +28,20 @@ def listening(listener: Callable):
     finally:
         _listener = before
 
-# %% ../nbs/03_embedding.ipynb #3e8e3779
+# %% ../nbs/03_embedding.ipynb #d4bcadeb
 @keras.saving.register_keras_serializable("llama_nb")
 class TokenEmbedding(keras.layers.Layer):
-    """A table with one vector per token. `reverse=False`: ids (batch, seq) to vectors (batch, seq, dim).
-    `reverse=True`: vectors to logits (batch, seq, vocab) with the same table (Press & Wolf 2017)."""
+    """A table with one vector per token: ids (batch, seq) to vectors (batch, seq, dim),
+    or, with `reverse`, vectors to logits (batch, seq, vocab) by the same table."""
 
     def __init__(self, vocab_size: int, dim: int, initializer="uniform", **kwargs):
         super().__init__(**kwargs)
-        self.vocab_size, self.dim, self.initializer = vocab_size, dim, keras.initializers.get(initializer)
+        self.vocab_size, self.dim = vocab_size, dim
+        self.initializer = keras.initializers.get(initializer)
 
     def build(self, input_shape):
-        self.table = self.add_weight(name="table", shape=(self.vocab_size, self.dim), initializer=self.initializer)
+        shape = (self.vocab_size, self.dim)
+        self.table = self.add_weight(name="table", shape=shape, initializer=self.initializer)
 
     def call(self, inputs, reverse=False):
         if reverse:
@@ -46,4 +49,6 @@ class TokenEmbedding(keras.layers.Layer):
         return tap(self.name, ops.take(self.table, inputs, axis=0))
 
     def get_config(self):
-        return super().get_config() | dict(vocab_size=self.vocab_size, dim=self.dim, initializer=keras.initializers.serialize(self.initializer))
+        initializer = keras.initializers.serialize(self.initializer)
+        sizes = dict(vocab_size=self.vocab_size, dim=self.dim)
+        return super().get_config() | sizes | dict(initializer=initializer)
