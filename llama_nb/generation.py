@@ -4,7 +4,7 @@
 __all__ = ['LayerCache', 'compile_step', 'common_prefix', 'check_length', 'Decoder', 'split_at_stop', 'Stream', 'write_pieces',
            'render_chat', 'check_prompt', 'check_stop', 'chat_text', 'Llama']
 
-# %% ../nbs/09_generation.ipynb #8b0b2cb4
+# %% ../nbs/09_generation.ipynb #ef64217e
 import functools, time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -18,51 +18,57 @@ from .model import forward, model_layers
 from .sampling import GenerationError, Sampler, check_number, softmax
 from .tokenizer import Tokenizer
 
-# %% ../nbs/09_generation.ipynb #c8f27bf5
+# %% ../nbs/09_generation.ipynb #f1d34564
 class LayerCache:
-    "The keys and values of one block, (batch, kv_heads, context, head_dim) each, written in place."
+    "Keys and values of one block, (batch, kv_heads, context, head_dim) each, written in place."
 
     def __init__(self, config: LlamaConfig, dtype: str):
         import tensorflow as tf
         shape = (1, config.n_kv_heads, config.context_length, config.head_dim)
-        self.keys, self.values = tf.Variable(tf.zeros(shape, dtype)), tf.Variable(tf.zeros(shape, dtype))
+        self.keys = tf.Variable(tf.zeros(shape, dtype))
+        self.values = tf.Variable(tf.zeros(shape, dtype))
 
     def update(self, keys, values, start):
-        "Puts those of new positions, (batch, kv_heads, seq, head_dim), at `start`; gives those of all positions so far."
+        "Puts those of new positions at `start`; gives those of all positions so far."
         end = start + ops.shape(keys)[2]
         self.keys[:, :, start:end].assign(keys)
         self.values[:, :, start:end].assign(values)
         return self.keys[:, :, :end], self.values[:, :, :end]
 
-# %% ../nbs/09_generation.ipynb #3b7c9bcc
+# %% ../nbs/09_generation.ipynb #3123fef2
 def compile_step(layers: dict[str, keras.layers.Layer], caches: Sequence[LayerCache]):
-    "A compiled function: ids (1, seq) that begin at place `start`, to the logits (1, vocab) after the last of them."
+    "Compiled: ids (1, seq) that begin at place `start`, to the logits (1, vocab) after the last."
     import tensorflow as tf
+    signature = [tf.TensorSpec((1, None), "int32"), tf.TensorSpec((), "int32")]
 
-    @tf.function(input_signature=[tf.TensorSpec((1, None), "int32"), tf.TensorSpec((), "int32")], autograph=False)
+    @tf.function(input_signature=signature, autograph=False)
     def step(ids, start):
         return forward(layers, ids, start, caches, last=True)
     return step
 
-# %% ../nbs/09_generation.ipynb #15212228
+# %% ../nbs/09_generation.ipynb #a0d4d2af
 def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
     "How many items two sequences share, counted from the start."
-    return next((place for place, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
+    differences = (place for place, (x, y) in enumerate(zip(a, b)) if x != y)
+    return next(differences, min(len(a), len(b)))
 
 def check_length(ids: Sequence[int], context_length: int) -> None:
     "Refuses no ids, and more than the context holds."
     if not 0 < len(ids) <= context_length:
-        raise GenerationError(f"ids should be 1 to {context_length} (context_length), found {len(ids)}")
+        wanted = f"1 to {context_length} (context_length)"
+        raise GenerationError(f"ids should be {wanted}, found {len(ids)}")
 
-# %% ../nbs/09_generation.ipynb #242d49c3
+# %% ../nbs/09_generation.ipynb #aed4c3f4
 class Decoder:
-    """The model with a cache: `advance(ids)` gives the logits (vocab,) after `ids`, and computes only what the cache does not hold yet.
-    A long prompt is computed in pieces of `chunk` tokens, which bounds the memory that it takes."""
+    """The model with a cache: `advance(ids)` gives the logits (vocab,) after `ids`, and computes
+    only what the cache does not hold yet. A long prompt is computed in pieces of `chunk` tokens,
+    which bounds the memory that it takes."""
 
     def __init__(self, model: keras.Model, config: LlamaConfig, chunk: int = 256):
         self.context_length, self.chunk, self.cached_ids = config.context_length, chunk, []
         layers = model_layers(model)
-        self.step = compile_step(layers, [LayerCache(config, layers["norm"].compute_dtype) for _ in range(config.n_layers)])
+        dtype = layers["norm"].compute_dtype
+        self.step = compile_step(layers, [LayerCache(config, dtype) for _ in range(config.n_layers)])
 
     def advance(self, ids: Sequence[int]) -> np.ndarray:
         ids = list(ids)
@@ -75,21 +81,24 @@ class Decoder:
             self.cached_ids = ids[:end]
         return logits.numpy()[0]
 
-# %% ../nbs/09_generation.ipynb #9658334f
+# %% ../nbs/09_generation.ipynb #72207e3e
 def split_at_stop(text: str, stop: Sequence[str]) -> tuple[str, str, bool]:
-    "(what can be shown, what may yet turn out to begin a stop string, whether one was found)."
+    "(what can be shown, what may yet begin a stop string, whether one was found)."
     found = [place for place in (text.find(word) for word in stop) if place >= 0]
     if found:
         return text[:min(found)], "", True
-    held = max((size for word in stop for size in range(1, len(word)) if text.endswith(word[:size])), default=0)
+    begins = (size for word in stop for size in range(1, len(word)) if text.endswith(word[:size]))
+    held = max(begins, default=0)
     return text[:len(text) - held], text[len(text) - held:], False
 
-# %% ../nbs/09_generation.ipynb #1d160dcf
+# %% ../nbs/09_generation.ipynb #bb70142d
 class Stream:
-    """The pieces of a continuation, one by one as they come. After the last, `finish_reason` says why it ended: "end" (the model's end token),
-    "stop" (a stop string), "length" (`max_new_tokens`) or "context" (no room left)."""
+    """The pieces of a continuation, one by one as they come. After the last, `finish_reason` says
+    why it ended: "end" (the model's end token), "stop" (a stop string), "length"
+    (`max_new_tokens`) or "context" (no room left)."""
 
-    def __init__(self, advance, tokenizer: Tokenizer, context_length: int, prompt_ids: list[int], max_new_tokens: int | None, sampler: Sampler, stop: Sequence[str]):
+    def __init__(self, advance, tokenizer: Tokenizer, context_length: int, prompt_ids: list[int],
+                 max_new_tokens: int | None, sampler: Sampler, stop: Sequence[str]):
         self.prompt_ids, self.new_ids, self.finish_reason = prompt_ids, [], None
         self.prefill_seconds = self.decode_seconds = 0.0
         self.advance, self.choose = advance, sampler.chooser()
@@ -111,11 +120,12 @@ class Stream:
     @property
     def tokens_per_second(self) -> float:
         "Tokens decoded after the first, per second."
-        return (len(self.new_ids) - 1) / self.decode_seconds if len(self.new_ids) > 1 else float("nan")
+        decoded = len(self.new_ids) - 1
+        return decoded / self.decode_seconds if decoded > 0 else float("nan")
 
-# %% ../nbs/09_generation.ipynb #e2e39a9f
+# %% ../nbs/09_generation.ipynb #9127f3d6
 def write_pieces(stream: Stream, tokenizer: Tokenizer, stop: Sequence[str]) -> Iterator[str]:
-    "The loop of a stream: one more id, its text, what of it can be shown, and whether that was the last."
+    "The loop of a stream: one more id, its text, what of it can be shown, and why it ends."
     text, pending = tokenizer.stream(stream.prompt_ids), ""
     while stream.finish_reason is None:
         id = stream.next_id()
@@ -123,86 +133,100 @@ def write_pieces(stream: Stream, tokenizer: Tokenizer, stop: Sequence[str]) -> I
         else:
             stream.new_ids.append(id)
             pending += text.push(id)
-            stream.finish_reason = next((reason for reason, limit in stream.limits.items() if len(stream.new_ids) == limit), None)
+            reached = [reason for reason, limit in stream.limits.items() if len(stream.new_ids) == limit]
+            stream.finish_reason = reached[0] if reached else None
         if stream.finish_reason: pending += text.finish()
         piece, pending, stopped = split_at_stop(pending, stop)
         if stopped: stream.finish_reason = "stop"
         elif stream.finish_reason: piece += pending
         if piece: yield piece
 
-# %% ../nbs/09_generation.ipynb #ad7d2b01
+# %% ../nbs/09_generation.ipynb #646ab7ff
 def render_chat(template: str, messages: Sequence[dict], **names) -> str:
-    "The text of a conversation as the model was taught to see it: a Jinja template from the checkpoint, run in a sandbox."
+    "A conversation as the model was taught to see it: the checkpoint's Jinja template, sandboxed."
     import jinja2.sandbox
     def raise_exception(message): raise jinja2.TemplateError(message)
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
+    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
     environment.globals["raise_exception"] = raise_exception
     try:
-        return environment.from_string(template).render(messages=list(messages), add_generation_prompt=True, **names)
+        form = environment.from_string(template)
+        return form.render(messages=list(messages), add_generation_prompt=True, **names)
     except Exception as error:
-        raise GenerationError(f"the chat template stops with {type(error).__name__}: {error}") from None
+        problem = f"{type(error).__name__}: {error}"
+        raise GenerationError(f"the chat template stops with {problem}") from None
 
-# %% ../nbs/09_generation.ipynb #f20e075a
-def check_prompt(prompt: str | Sequence[int], tokenizer: Tokenizer, context_length: int) -> list[int]:
-    "The ids of a prompt (text, or ids as they are): at least one, and fewer than the context holds."
+# %% ../nbs/09_generation.ipynb #19d51df2
+def check_prompt(prompt: str | Sequence[int], tokenizer: Tokenizer, context_length: int):
+    "The ids of a prompt (text, or ids as they are): one or more, fewer than the context holds."
     ids = tokenizer.encode(prompt) if isinstance(prompt, str) else tokenizer.check_ids(prompt)
     if len(prompt) == 0 or not ids:
         raise GenerationError("the prompt should have at least one token, found none")
     if len(ids) >= context_length:
-        raise GenerationError(f"the prompt should have fewer than {context_length} tokens (context_length), found {len(ids)}")
+        wanted = f"fewer than {context_length} tokens (context_length)"
+        raise GenerationError(f"the prompt should have {wanted}, found {len(ids)}")
     return ids
 
 def check_stop(stop: str | Sequence[str]) -> list[str]:
     "Stop strings as a list."
     words = [stop] if isinstance(stop, str) else list(stop)
     if not all(isinstance(word, str) and word for word in words):
-        raise GenerationError(f"stop should be one or more texts that are not empty, found {stop!r}")
+        wanted = "one or more texts that are not empty"
+        raise GenerationError(f"stop should be {wanted}, found {stop!r}")
     return words
 
-# %% ../nbs/09_generation.ipynb #46c25fb4
+# %% ../nbs/09_generation.ipynb #d1254365
 def chat_text(tokenizer: Tokenizer, messages: Sequence[dict]) -> str:
-    "A conversation, `[{'role': 'user', 'content': '...'}, ...]`, as one text up to where the answer begins."
+    "Messages `{'role': 'user', 'content': '...'}` as one text, up to where the answer begins."
     if tokenizer.chat_template is None:
         raise GenerationError("this model has no chat template; use generate")
-    if not messages or not all(isinstance(message, dict) and {"role", "content"} <= set(message) for message in messages):
+    whole = [isinstance(message, dict) and {"role", "content"} <= set(message) for message in messages]
+    if not whole or not all(whole):
         raise GenerationError("messages should be a list of {'role': ..., 'content': ...}, at least one")
-    special = dict(bos_token=tokenizer.bos_id, eos_token=tokenizer.eos_id)
-    return render_chat(tokenizer.chat_template, messages, **{name: "" if id is None else tokenizer.pieces[id] for name, id in special.items()})
+    def text_of(id): return "" if id is None else tokenizer.pieces[id]
+    return render_chat(tokenizer.chat_template, messages,
+                       bos_token=text_of(tokenizer.bos_id), eos_token=text_of(tokenizer.eos_id))
 
-# %% ../nbs/09_generation.ipynb #86e95a4c
+# %% ../nbs/09_generation.ipynb #db54bab8
 class Llama:
     "A model with its tokenizer: text in, text out. `llama_nb.load` makes one."
 
-    def __init__(self, model: keras.Model, tokenizer: Tokenizer, config: LlamaConfig, path: Path | None = None):
+    def __init__(self, model: keras.Model, tokenizer: Tokenizer, config: LlamaConfig,
+                 path: Path | None = None):
         self.model, self.tokenizer, self.config, self.path = model, tokenizer, config, path
 
     @functools.cached_property
     def decoder(self) -> Decoder:
         return Decoder(self.model, self.config)
 
-    def stream(self, prompt: str | Sequence[int], max_new_tokens: int | None = None, stop: str | Sequence[str] = (), **sampling) -> Stream:
-        "The continuation of a prompt, piece by piece. `sampling`: the fields of `Sampler`. `stop`: texts before which the continuation ends."
-        if max_new_tokens is not None: check_number("max_new_tokens", max_new_tokens, int, lambda value: value >= 1, "a whole number, 1 or more")
-        sampler, stop = Sampler(**sampling), check_stop(stop)
-        ids = check_prompt(prompt, self.tokenizer, self.config.context_length)
-        return Stream(self.decoder.advance, self.tokenizer, self.config.context_length, ids, max_new_tokens, sampler, stop)
+    def stream(self, prompt: str | Sequence[int], max_new_tokens: int | None = None,
+               stop: str | Sequence[str] = (), **sampling) -> Stream:
+        """The continuation of a prompt, piece by piece. `sampling`: the fields of `Sampler`.
+        `stop`: texts before which the continuation ends."""
+        if max_new_tokens is not None:
+            check_number("max_new_tokens", max_new_tokens, int, lambda value: value >= 1, "a whole number, 1 or more")
+        sampler, stop, room = Sampler(**sampling), check_stop(stop), self.config.context_length
+        ids = check_prompt(prompt, self.tokenizer, room)
+        return Stream(self.decoder.advance, self.tokenizer, room, ids, max_new_tokens, sampler, stop)
 
-    def generate(self, prompt: str | Sequence[int] | list[str], max_new_tokens: int | None = None, stop: str | Sequence[str] = (), **sampling) -> str | list[str]:
-        "The continuation of a prompt as one text; of a list of prompts, a list."
+    def generate(self, prompt: str | Sequence[int] | list[str], max_new_tokens: int | None = None,
+                 stop: str | Sequence[str] = (), **sampling) -> str | list[str]:
+        "The continuation of a prompt as one text; of a list of prompts, a list. Arguments: `stream`'s."
         if isinstance(prompt, list) and not all(isinstance(id, (int, np.integer)) for id in prompt):
             return [self.generate(one, max_new_tokens, stop, **sampling) for one in prompt]
         return "".join(self.stream(prompt, max_new_tokens, stop, **sampling))
 
     def chat_ids(self, messages: Sequence[dict]) -> list[int]:
-        "The ids of a conversation, `[{'role': 'user', 'content': '...'}, ...]`, up to where the answer begins."
+        "The ids of a conversation, up to where the answer begins."
         return self.tokenizer.encode(chat_text(self.tokenizer, messages), allow_special=True)
 
-    def chat(self, messages: Sequence[dict], max_new_tokens: int | None = None, stop: str | Sequence[str] = (), **sampling) -> str:
-        "The answer to a conversation."
+    def chat(self, messages: Sequence[dict], max_new_tokens: int | None = None,
+             stop: str | Sequence[str] = (), **sampling) -> str:
+        "The answer to messages `{'role': 'user', 'content': '...'}`. Arguments: `stream`'s."
         return self.generate(self.chat_ids(messages), max_new_tokens, stop, **sampling)
 
     def logits(self, ids: Sequence[int]) -> np.ndarray:
-        "The logits (tokens, vocab), float32, at every position of ids, from the plain pass without a cache."
+        "The logits (tokens, vocab), float32, at every position, from the pass without a cache."
         ids = self.tokenizer.check_ids(ids)
         check_length(ids, self.config.context_length)
         return ops.convert_to_numpy(self.model(np.array([ids], "int32")))[0]
