@@ -4,7 +4,7 @@
 __all__ = ['BLOCK_PARTS', 'make_layers', 'forward', 'build_model', 'model_layers', 'weight_variables', 'is_transposed',
            'load_weights', 'read_weight']
 
-# %% ../nbs/07_model.ipynb #1b63193b
+# %% ../nbs/07_model.ipynb #d33ccb79
 from operator import attrgetter
 
 import keras
@@ -17,7 +17,7 @@ from .checkpoint import Checkpoint, CheckpointError, LlamaConfig
 from .embedding import TokenEmbedding, tap
 from .rope import RotaryEmbedding
 
-# %% ../nbs/07_model.ipynb #a64ba0c6
+# %% ../nbs/07_model.ipynb #c07280ca
 def make_layers(config: LlamaConfig, dtype: str = "float32", initializer="zeros") -> dict[str, keras.layers.Layer]:
     "The layers of a LLaMA by name, in the order of the pass; all attentions share one rotary embedding."
     same = dict(initializer=keras.initializers.get(initializer), dtype=dtype)
@@ -33,7 +33,7 @@ def make_layers(config: LlamaConfig, dtype: str = "float32", initializer="zeros"
         layers.append(projection("output", config.dim, config.vocab_size, **same))
     return {layer.name: layer for layer in layers}
 
-# %% ../nbs/07_model.ipynb #f8b360e1
+# %% ../nbs/07_model.ipynb #dbbb2cbb
 def forward(layers: dict[str, keras.layers.Layer], ids, start=0, caches=None, last: bool = False):
     """Ids (batch, seq) to float32 logits (batch, seq, vocab); if `last`, those of the last position, (batch, vocab).
     `caches`: one per block, for ids that go on from position `start`."""
@@ -46,18 +46,18 @@ def forward(layers: dict[str, keras.layers.Layer], ids, start=0, caches=None, la
     else: logits = layers["tok_embeddings"](x, reverse=True)
     return tap("logits", ops.cast(logits, "float32"))
 
-# %% ../nbs/07_model.ipynb #7637e2f4
+# %% ../nbs/07_model.ipynb #51132343
 def build_model(config: LlamaConfig, dtype: str = "float32", initializer="zeros") -> keras.Model:
     "The functional model, ids (batch, seq) to logits (batch, seq, vocab)."
     ids = keras.Input((None,), dtype="int32", name="ids")
     return keras.Model(ids, forward(make_layers(config, dtype, initializer), ids), name="llama")
 
-# %% ../nbs/07_model.ipynb #cb4d5ae4
+# %% ../nbs/07_model.ipynb #9ae8387f
 def model_layers(model: keras.Model) -> dict[str, keras.layers.Layer]:
     "The layers that `make_layers` made, out of a functional model."
     return {layer.name: layer for layer in model.layers if layer.weights}
 
-# %% ../nbs/07_model.ipynb #650d72f7
+# %% ../nbs/07_model.ipynb #9a2ecf07
 BLOCK_PARTS = ("attention_norm", "attention.wq", "attention.wk", "attention.wv", "attention.wo",
                "ffn_norm", "feed_forward.w1", "feed_forward.w2", "feed_forward.w3")
 
@@ -71,12 +71,12 @@ def weight_variables(model: keras.Model) -> dict[str, keras.Variable]:
         variables |= {f"{part}.weight": sublayer.weights[0] for part, sublayer in parts.items()}
     return variables
 
-# %% ../nbs/07_model.ipynb #6fc51b02
+# %% ../nbs/07_model.ipynb #d7d6d755
 def is_transposed(name: str) -> bool:
     "Whether the model keeps a tensor as the transpose of the checkpoint's (out, in): all but the embedding table."
     return name != "tok_embeddings.weight"
 
-# %% ../nbs/07_model.ipynb #d62a8b06
+# %% ../nbs/07_model.ipynb #75472866
 def load_weights(model: keras.Model, checkpoint: Checkpoint, progress: bool = False) -> keras.Model:
     "Puts a checkpoint's tensors into the model, one at a time. Names and shapes must be the model's, all of them."
     variables = weight_variables(model)
@@ -93,7 +93,7 @@ def load_weights(model: keras.Model, checkpoint: Checkpoint, progress: bool = Fa
         variable.assign(values.T if is_transposed(name) else values)
     return model
 
-# %% ../nbs/07_model.ipynb #5299d359
+# %% ../nbs/07_model.ipynb #1091ee09
 def read_weight(model: keras.Model, name: str):
     "A variable's values under its checkpoint name, (out, in): what a checkpoint writer asks for."
     values = ops.convert_to_numpy(weight_variables(model)[name])

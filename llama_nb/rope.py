@@ -3,23 +3,23 @@
 # %% auto #0
 __all__ = ['rope_frequencies', 'rope_tables', 'RotaryEmbedding', 'halves_to_adjacent', 'adjacent_to_halves']
 
-# %% ../nbs/06_rope.ipynb #1697826b
+# %% ../nbs/06_rope.ipynb #8ff42b4b
 import keras
 import numpy as np
 from keras import ops
 
-# %% ../nbs/06_rope.ipynb #8962b9a3
+# %% ../nbs/06_rope.ipynb #3301ddfb
 def rope_frequencies(head_dim: int, theta: float = 10000.0) -> np.ndarray:
     "The angle by which each of the `head_dim / 2` pairs turns from one position to the next, in radians (Su et al. 2021, section 3.2.2)."
     return theta ** -(np.arange(0, head_dim, 2) / head_dim)
 
-# %% ../nbs/06_rope.ipynb #6071c81d
+# %% ../nbs/06_rope.ipynb #ac275970
 def rope_tables(length: int, head_dim: int, theta: float = 10000.0) -> tuple[np.ndarray, np.ndarray]:
     "Cosine and sine of every position's angles: two (length, head_dim / 2) float32 tables."
     angles = np.outer(np.arange(length), rope_frequencies(head_dim, theta))
     return np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
 
-# %% ../nbs/06_rope.ipynb #efba2e7c
+# %% ../nbs/06_rope.ipynb #5b58a1f4
 @keras.saving.register_keras_serializable("llama_nb")
 class RotaryEmbedding(keras.layers.Layer):
     "Turns adjacent pairs of features, (0, 1), (2, 3), ..., of (batch, heads, seq, head_dim) by their position's angles; the first position is `start`."
@@ -44,7 +44,7 @@ class RotaryEmbedding(keras.layers.Layer):
     def get_config(self):
         return super().get_config() | dict(head_dim=self.head_dim, context_length=self.context_length, theta=self.theta)
 
-# %% ../nbs/06_rope.ipynb #fa7b4a72
+# %% ../nbs/06_rope.ipynb #57f4a224
 def halves_to_adjacent(matrix: np.ndarray, n_heads: int) -> np.ndarray:
     "Reorders the rows of a query or key matrix (out, in) from Hugging Face's pairs (i, i + head_dim / 2) to Meta's (2i, 2i + 1)."
     return matrix.reshape(n_heads, 2, -1, matrix.shape[1]).swapaxes(1, 2).reshape(matrix.shape)
