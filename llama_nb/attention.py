@@ -3,14 +3,14 @@
 # %% auto #0
 __all__ = ['split_heads', 'merge_heads', 'causal_scores', 'mix_values', 'Attention']
 
-# %% ../nbs/05_attention.ipynb #aef3204c
+# %% ../nbs/05_attention.ipynb #824dedfc
 import keras
 from keras import ops
 
 from .block import projection
 from .embedding import tap
 
-# %% ../nbs/05_attention.ipynb #d7d990ec
+# %% ../nbs/05_attention.ipynb #eda9a05e
 def split_heads(x, heads: int):
     "(batch, seq, heads * head_dim) to (batch, heads, seq, head_dim)"
     batch, length, width = ops.shape(x)
@@ -23,7 +23,7 @@ def merge_heads(x):
     x = ops.transpose(x, (0, 2, 1, 3))
     return ops.reshape(x, (batch, length, heads * head_dim))
 
-# %% ../nbs/05_attention.ipynb #fc744416
+# %% ../nbs/05_attention.ipynb #62e2c7d3
 def causal_scores(q, k, start=0):
     """`q · k / sqrt(head_dim)` in float32, and -inf where a query would look ahead:
     (batch, heads, seq, places). q (batch, heads, seq, head_dim) stands at the places
@@ -36,7 +36,7 @@ def causal_scores(q, k, start=0):
     visible = ops.arange(places) <= start + ops.expand_dims(ops.arange(length), 1)
     return ops.where(visible, scores * head_dim**-0.5, float("-inf"))
 
-# %% ../nbs/05_attention.ipynb #1f4d32be
+# %% ../nbs/05_attention.ipynb #b60239b5
 def mix_values(weights, v):
     """Each query's weighted mean of the values: weights (batch, heads, seq, places) and
     v (batch, kv_heads, places, head_dim) to (batch, heads, seq, head_dim)."""
@@ -46,7 +46,7 @@ def mix_values(weights, v):
     mixed = ops.einsum("bkgqp,bkpd->bkgqd", grouped, v)
     return ops.reshape(mixed, (batch, heads, length, head_dim))
 
-# %% ../nbs/05_attention.ipynb #a7552401
+# %% ../nbs/05_attention.ipynb #576d17a9
 @keras.saving.register_keras_serializable("llama_nb")
 class Attention(keras.layers.Layer):
     """Causal self-attention (Vaswani et al. 2017) with grouped queries (Ainslie et al. 2023),
@@ -83,10 +83,9 @@ class Attention(keras.layers.Layer):
         return tap(self.name, self.wo(merge_heads(mixed)))
 
     def get_config(self):
-        config = {name: getattr(self, name) for name in ("n_heads", "n_kv_heads", "head_dim")}
-        for name in ("position", "initializer"):
-            config[name] = keras.saving.serialize_keras_object(getattr(self, name))
-        return super().get_config() | config
+        names = "n_heads", "n_kv_heads", "head_dim", "position", "initializer"
+        serialize = keras.saving.serialize_keras_object
+        return super().get_config() | {name: serialize(getattr(self, name)) for name in names}
 
     @classmethod
     def from_config(cls, config):
