@@ -3,14 +3,14 @@
 # %% auto #0
 __all__ = ['tap', 'listening', 'TokenEmbedding']
 
-# %% ../nbs/03_embedding.ipynb #de3f8fe2
+# %% ../nbs/03_embedding.ipynb #76352e99
 import contextlib
 from collections.abc import Callable
 
 import keras
 from keras import ops
 
-# %% ../nbs/03_embedding.ipynb #993eb2fb
+# %% ../nbs/03_embedding.ipynb #577ae345
 _listener = None
 
 def tap(name: str, value):
@@ -28,7 +28,7 @@ def listening(listener: Callable):
     finally:
         _listener = before
 
-# %% ../nbs/03_embedding.ipynb #d4bcadeb
+# %% ../nbs/03_embedding.ipynb #96409e2a
 @keras.saving.register_keras_serializable("llama_nb")
 class TokenEmbedding(keras.layers.Layer):
     """A table with one vector per token: ids (batch, seq) to vectors (batch, seq, dim),
@@ -41,7 +41,7 @@ class TokenEmbedding(keras.layers.Layer):
 
     def build(self, input_shape):
         shape = (self.vocab_size, self.dim)
-        self.table = self.add_weight(name="table", shape=shape, initializer=self.initializer)
+        self.table = self.add_weight(shape, initializer=self.initializer, name="table")
 
     def call(self, inputs, reverse=False):
         if reverse:

@@ -8,7 +8,7 @@ __all__ = ['NORMAL', 'UNKNOWN', 'CONTROL', 'USER_DEFINED', 'UNUSED', 'BYTE', 'SP
            'merge_parts', 'ByteLevelTokenizer', 'write_field', 'serialize_model', 'gguf_tokenizer', 'load_tokenizer',
            'synth_tokenizer']
 
-# %% ../nbs/02_tokenizer.ipynb #2cd8ac8c
+# %% ../nbs/02_tokenizer.ipynb #dc8a60c9
 import codecs, functools, heapq, re, struct
 from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
@@ -16,11 +16,11 @@ from typing import NamedTuple
 
 from .checkpoint import CheckpointError, check_file, gguf_metadata
 
-# %% ../nbs/02_tokenizer.ipynb #c8a8e4d8
+# %% ../nbs/02_tokenizer.ipynb #58271936
 class TokenizerError(ValueError):
     "A tokenizer that cannot be used, or text and ids that it cannot take: one line."
 
-# %% ../nbs/02_tokenizer.ipynb #92f4808a
+# %% ../nbs/02_tokenizer.ipynb #c8098c90
 def read_varint(data: bytes, at: int) -> tuple[int, int]:
     "The whole number at `data[at]`, seven bits a byte, and where it ends."
     value = shift = 0
@@ -30,7 +30,7 @@ def read_varint(data: bytes, at: int) -> tuple[int, int]:
         if byte < 128: return value, at
         shift += 7
 
-# %% ../nbs/02_tokenizer.ipynb #6f9df099
+# %% ../nbs/02_tokenizer.ipynb #9f816eb9
 def read_fields(message: bytes):
     "The fields of a protocol-buffer message: (number, value), a whole number or bytes."
     at = 0
@@ -45,7 +45,7 @@ def read_fields(message: bytes):
             if at > len(message): raise IndexError("cut short")
         yield number, value
 
-# %% ../nbs/02_tokenizer.ipynb #f956516e
+# %% ../nbs/02_tokenizer.ipynb #956d333a
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 SPACE = "\u2581"
 
@@ -63,7 +63,7 @@ class SentencePieceModel(NamedTuple):
     dummy_prefix: bool = True
     squeeze_spaces: bool = False
 
-# %% ../nbs/02_tokenizer.ipynb #6f68bd83
+# %% ../nbs/02_tokenizer.ipynb #e2129350
 def parse_model(data: bytes) -> SentencePieceModel:
     "The contents of a `tokenizer.model` file."
     pieces, settings = [], {}
@@ -78,7 +78,7 @@ def parse_model(data: bytes) -> SentencePieceModel:
     return SentencePieceModel(pieces, trainer.get(3, 1) == 2, normalizer.get(2, b""),
                               bool(normalizer.get(3, 1)), bool(normalizer.get(4, 1)))
 
-# %% ../nbs/02_tokenizer.ipynb #582aa13f
+# %% ../nbs/02_tokenizer.ipynb #d03238f5
 def merge_pairs(text: str, scores: dict[str, float]) -> list[str]:
     "Joins neighbours that together are in `scores`, best score first, then leftmost."
     symbols, before, queue = list(text), list(range(-1, len(text) - 1)), []
@@ -101,14 +101,14 @@ def merge_pairs(text: str, scores: dict[str, float]) -> list[str]:
         propose(left, end)
     return [symbol for symbol in symbols if symbol]
 
-# %% ../nbs/02_tokenizer.ipynb #4569a05c
+# %% ../nbs/02_tokenizer.ipynb #133f7e45
 def split_at(words: Collection[str], text: str) -> list[str]:
     "Cuts a text before and after each of some words, the longest first."
     if not words: return [text]
     pattern = "|".join(map(re.escape, sorted(words, key=len, reverse=True)))
     return [part for part in re.split(f"({pattern})", text) if part]
 
-# %% ../nbs/02_tokenizer.ipynb #8eeabb56
+# %% ../nbs/02_tokenizer.ipynb #6d0bb2d5
 class HandMadeBPE:
     "SentencePiece's byte-pair encoding in plain Python: the same ids as the library's."
 
@@ -135,7 +135,7 @@ class HandMadeBPE:
                 elif ids[-1:] != [self.unknown]: ids.append(self.unknown)
         return ids
 
-# %% ../nbs/02_tokenizer.ipynb #0a1a08be
+# %% ../nbs/02_tokenizer.ipynb #754c2e7f
 def import_tensorflow_text():
     "TensorFlow Text, or None where it has no wheel."
     try:
@@ -144,7 +144,7 @@ def import_tensorflow_text():
     except ImportError:
         return None
 
-# %% ../nbs/02_tokenizer.ipynb #64835acf
+# %% ../nbs/02_tokenizer.ipynb #21dd3451
 class TensorFlowTextBPE:
     """Text to ids through TensorFlow Text. Its encoder is lost whenever TensorFlow clears
     its caches, as `tf.random.set_seed` does: then it is made again."""
@@ -166,7 +166,7 @@ class TensorFlowTextBPE:
             self.encoder = self.make()
             return self.encoder.tokenize(text).numpy().tolist()
 
-# %% ../nbs/02_tokenizer.ipynb #b10d66fc
+# %% ../nbs/02_tokenizer.ipynb #c93bb800
 class TextStream:
     "Ids in, text out, in whole characters: their first bytes wait for the last."
 
@@ -187,7 +187,7 @@ class TextStream:
         "What is left of a character that never came to its end."
         return self.decoder.decode(b"", final=True)
 
-# %% ../nbs/02_tokenizer.ipynb #27514a4c
+# %% ../nbs/02_tokenizer.ipynb #5d763777
 class Vocabulary:
     """Ids to text. `pieces`: each id's text as the vocabulary writes it; `token_bytes`:
     the bytes that each id stands for; `special`: the ids that stand for no text."""
@@ -220,7 +220,7 @@ class Vocabulary:
         stream = TextStream(self)
         return "".join(map(stream.push, self.check_ids(ids))) + stream.finish()
 
-# %% ../nbs/02_tokenizer.ipynb #3d3a789a
+# %% ../nbs/02_tokenizer.ipynb #d6eced97
 def check_text(text: str) -> str:
     "The text, if it is valid Unicode."
     try:
@@ -230,7 +230,7 @@ def check_text(text: str) -> str:
         raise TokenizerError(f"text should be valid Unicode, found {place}") from None
     return text
 
-# %% ../nbs/02_tokenizer.ipynb #53983cf0
+# %% ../nbs/02_tokenizer.ipynb #7f8a2e1e
 class Tokenizer(Vocabulary):
     """Text to ids and back. `bos_id` begins and `eos_id` ends a sequence; `stop_ids` end
     a continuation. A kind adds `encode_plain`, which knows nothing of special tokens."""
@@ -254,13 +254,13 @@ class Tokenizer(Vocabulary):
         begin = [self.bos_id] if add_bos and self.add_bos else []
         return ids if special and begin == ids[:1] else begin + ids
 
-# %% ../nbs/02_tokenizer.ipynb #36264ff3
+# %% ../nbs/02_tokenizer.ipynb #631f102f
 def piece_bytes(piece: Piece) -> bytes:
     "The bytes that a piece of a SentencePiece vocabulary stands for."
     if piece.kind == BYTE: return bytes([int(piece.text[3:5], 16)])
     return piece.text.replace(SPACE, " ").encode()
 
-# %% ../nbs/02_tokenizer.ipynb #ad9a8a91
+# %% ../nbs/02_tokenizer.ipynb #e58da6e4
 class SentencePieceTokenizer(Tokenizer):
     "A `tokenizer.model` file's bytes. `by_hand`: through this chapter's own encoder."
 
@@ -285,7 +285,7 @@ class SentencePieceTokenizer(Tokenizer):
         if library is None: return HandMadeBPE(self.model).encode
         return TensorFlowTextBPE(library, self.data).encode
 
-# %% ../nbs/02_tokenizer.ipynb #e829a7bf
+# %% ../nbs/02_tokenizer.ipynb #b0d606b8
 def show_tokens(tokenizer: Tokenizer, text_or_ids) -> None:
     "Prints each id above its piece."
     take = tokenizer.encode if isinstance(text_or_ids, str) else tokenizer.check_ids
@@ -295,7 +295,7 @@ def show_tokens(tokenizer: Tokenizer, text_or_ids) -> None:
     print("  ".join(str(id).ljust(width) for id, width in zip(ids, widths)))
     print("  ".join(piece.ljust(width) for piece, width in zip(pieces, widths)))
 
-# %% ../nbs/02_tokenizer.ipynb #590dd7cb
+# %% ../nbs/02_tokenizer.ipynb #1296e3f5
 @functools.cache
 def byte_letters() -> dict[str, int]:
     "GPT-2's alphabet: a printable letter for each byte (Radford et al. 2019)."
@@ -304,7 +304,7 @@ def byte_letters() -> dict[str, int]:
     letters = {chr(byte): byte for byte in printable}
     return letters | {chr(256 + index): byte for index, byte in enumerate(others)}
 
-# %% ../nbs/02_tokenizer.ipynb #ecef97cf
+# %% ../nbs/02_tokenizer.ipynb #ed3de287
 LLAMA3_WORDS = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
                 r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
 
@@ -318,40 +318,46 @@ def word_splitter(name: str):
     letters = cut.ByteLevel(add_prefix_space=False, use_regex=name != "llama-bpe")
     return cut.Sequence([*first[name], letters])
 
-# %% ../nbs/02_tokenizer.ipynb #745a0b6f
-def merge_parts(merges: Sequence[str], vocabulary: Collection[str]) -> list[tuple[str, str]]:
+# %% ../nbs/02_tokenizer.ipynb #49da9d2f
+def merge_parts(merges: Sequence[str], vocabulary: Collection[str]) -> list[tuple]:
     "The two pieces of each merge; they and what they make must be in the vocabulary."
     pairs = [tuple(merge.split(" ")) for merge in merges]
     for pair in pairs:
-        if len(pair) != 2 or any(text not in vocabulary for text in (*pair, "".join(pair))):
-            raise TokenizerError(f"a merge is two pieces that make a third, found {' '.join(pair)!r}")
+        texts = [*pair, "".join(pair)]
+        if len(pair) != 2 or any(text not in vocabulary for text in texts):
+            found = " ".join(pair)
+            raise TokenizerError(f"a merge is two pieces that make a third, found {found!r}")
     return pairs
 
-# %% ../nbs/02_tokenizer.ipynb #7af39f50
+# %% ../nbs/02_tokenizer.ipynb #3213d174
 class ByteLevelTokenizer(Tokenizer):
     """Byte-level BPE through the `tokenizers` library. `splitter`: how text is cut before
     merging, by GGUF's names; `added`: ids of pieces that are found before anything else."""
 
     def __init__(self, pieces: Sequence[str], merges: Sequence[str], special: Iterable[int],
-                 splitter: str = "gpt-2", added: Iterable[int] = (), bos_id: int | None = None,
-                 eos_id: int | None = None, stop_ids: Iterable[int] = (),
-                 add_bos: bool = False, chat_template: str | None = None):
+                 splitter: str = "gpt-2", added: Collection[int] = (),
+                 bos_id: int | None = None, eos_id: int | None = None,
+                 stop_ids: Iterable[int] = (), add_bos: bool = False,
+                 chat_template: str | None = None):
         from tokenizers import AddedToken, Tokenizer as Library, models
-        self.pieces, self.special, added = list(pieces), frozenset(special), frozenset(added)
+        self.pieces, self.special = list(pieces), frozenset(special)
         self.bos_id, self.eos_id, self.chat_template = bos_id, eos_id, chat_template
         self.add_bos = add_bos and bos_id is not None
         self.stop_ids = frozenset({eos_id, *stop_ids} - {None})
-        letters, as_text = byte_letters(), self.special | added
-        self.token_bytes = [piece.encode() if id in as_text else bytes(map(letters.get, piece))
-                            for id, piece in enumerate(self.pieces)]
+        letters, as_text = byte_letters(), self.special.union(added)
+        self.token_bytes = [
+            piece.encode() if id in as_text or not letters.keys() >= set(piece)
+            else bytes(letters[letter] for letter in piece)
+            for id, piece in enumerate(self.pieces)]
         vocabulary = {piece: id for id, piece in enumerate(self.pieces)}
-        pairs = merge_parts(merges, vocabulary)
-        library = Library(models.BPE(vocabulary, pairs, ignore_merges=splitter == "llama-bpe"))
+        bpe = models.BPE(vocabulary, merge_parts(merges, vocabulary),
+                         ignore_merges=splitter == "llama-bpe")
+        library = Library(bpe)
         library.pre_tokenizer = word_splitter(splitter)
-        library.add_tokens([AddedToken(pieces[id], normalized=False) for id in sorted(added)])
+        library.add_tokens([AddedToken(pieces[id], normalized=False) for id in added])
         self.encode_plain = lambda text: library.encode(text, add_special_tokens=False).ids
 
-# %% ../nbs/02_tokenizer.ipynb #b0436ae2
+# %% ../nbs/02_tokenizer.ipynb #065e263e
 def write_field(number: int, value) -> bytes:
     "One field of a protocol-buffer message: an integer, a float, text or bytes."
     def varint(value):
@@ -363,43 +369,48 @@ def write_field(number: int, value) -> bytes:
     data = value.encode() if isinstance(value, str) else value
     return varint(number << 3 | 2) + varint(len(data)) + data
 
-# %% ../nbs/02_tokenizer.ipynb #4d06a414
+# %% ../nbs/02_tokenizer.ipynb #7b599e9d
 def serialize_model(model: SentencePieceModel) -> bytes:
     "A `tokenizer.model` file that `parse_model` and SentencePiece read."
     def message(*fields): return b"".join(write_field(*field) for field in fields)
-    pieces = [(1, message((1, text), (2, float(score)), (3, kind))) for text, score, kind in model.pieces]
+    pieces = [(1, message((1, text), (2, float(score)), (3, kind)))
+              for text, score, kind in model.pieces]
     has_bytes = any(piece.kind == BYTE for piece in model.pieces)
     trainer = message((3, 2 if model.is_bpe else 1), (35, int(has_bytes)))
     normalizer = message((1, "identity"), (2, model.charsmap), (3, int(model.dummy_prefix)),
                          (4, int(model.squeeze_spaces)))
     return message(*pieces, (2, trainer), (3, normalizer))
 
-# %% ../nbs/02_tokenizer.ipynb #c38998a7
+# %% ../nbs/02_tokenizer.ipynb #fb7368eb
 def gguf_tokenizer(path) -> Tokenizer:
     "The tokenizer in a GGUF file's metadata."
     def field(key, default=None): return gguf_metadata(path, f"tokenizer.{key}", default)
-    pieces, kinds, model = (field(f"ggml.{key}") for key in ("tokens", "token_type", "model"))
+    model, pieces, kinds = map(field, ("ggml.model", "ggml.tokens", "ggml.token_type"))
     bos_id, eos_id = field("ggml.bos_token_id"), field("ggml.eos_token_id")
     if not pieces or not kinds or len(kinds) != len(pieces):
-        raise TokenizerError(f"{path}: tokenizer.ggml.tokens and tokenizer.ggml.token_type "
-                             "were expected, one entry each a token")
+        raise TokenizerError(f"{path}: tokenizer.ggml.tokens and tokenizer.ggml.token_type"
+                             " were expected, one entry each a token")
     if model == "gpt2":
         special, added = ([id for id, kind in enumerate(kinds) if kind == wanted]
                           for wanted in (CONTROL, USER_DEFINED))
         splitter = field("ggml.pre", "gpt-2")
         add_bos = field("ggml.add_bos_token", splitter == "llama-bpe")
-        return ByteLevelTokenizer(pieces, field("ggml.merges", []), special, splitter, added, bos_id,
-                                  eos_id, [field("ggml.eot_token_id")], add_bos, field("chat_template"))
+        return ByteLevelTokenizer(
+            pieces, field("ggml.merges", []), special, splitter, added, bos_id, eos_id,
+            [field("ggml.eot_token_id")], add_bos, field("chat_template"))
     if model != "llama":
-        raise TokenizerError(f"{path}: a tokenizer of kind llama or gpt2 was expected, found {model}")
+        raise TokenizerError(f"{path}: a tokenizer of kind llama or gpt2 was expected, "
+                             f"found {model}")
     pieces = list(map(Piece, pieces, field("ggml.scores", [0.0] * len(pieces)), kinds))
-    prefix = field("ggml.add_space_prefix", True)
-    tokenizer = SentencePieceTokenizer(serialize_model(SentencePieceModel(pieces, dummy_prefix=prefix)))
-    tokenizer.bos_id, tokenizer.eos_id, tokenizer.stop_ids = bos_id, eos_id, frozenset({eos_id} - {None})
-    tokenizer.add_bos, tokenizer.chat_template = field("ggml.add_bos_token", True), field("chat_template")
+    parts = SentencePieceModel(pieces, dummy_prefix=field("ggml.add_space_prefix", True))
+    tokenizer = SentencePieceTokenizer(serialize_model(parts))
+    tokenizer.bos_id, tokenizer.eos_id = bos_id, eos_id
+    tokenizer.stop_ids = frozenset({eos_id} - {None})
+    tokenizer.add_bos = field("ggml.add_bos_token", True)
+    tokenizer.chat_template = field("chat_template")
     return tokenizer
 
-# %% ../nbs/02_tokenizer.ipynb #518f7bf0
+# %% ../nbs/02_tokenizer.ipynb #9013c9fa
 def load_tokenizer(path) -> Tokenizer:
     "The tokenizer of a `.model` or GGUF file, or of a folder with one; reads no weights."
     path = Path(path).expanduser()
@@ -411,16 +422,18 @@ def load_tokenizer(path) -> Tokenizer:
     try:
         with check_file(path).open("rb") as file:
             is_gguf = file.read(4) == b"GGUF" or path.suffix == ".gguf"
-        return gguf_tokenizer(path) if is_gguf else SentencePieceTokenizer(path.read_bytes())
+        if is_gguf: return gguf_tokenizer(path)
+        return SentencePieceTokenizer(path.read_bytes())
     except (CheckpointError, TokenizerError) as error:
         named = "" if str(path) in str(error) else f"{path}: "
         raise TokenizerError(f"{named}{error}") from None
 
-# %% ../nbs/02_tokenizer.ipynb #c1e69e88
+# %% ../nbs/02_tokenizer.ipynb #06d4728a
 def synth_tokenizer(vocab_size: int) -> bytes:
     "A `tokenizer.model` without words: specials, the 256 bytes, then single characters."
     pieces = [Piece("<unk>", 0, UNKNOWN), Piece("<s>", 0, CONTROL), Piece("</s>", 0, CONTROL)]
     pieces += [Piece(f"<0x{byte:02X}>", 0, BYTE) for byte in range(256)]
-    codes = [ord(SPACE), *range(33, ord(SPACE)), *range(ord(SPACE) + 1, 0xD800), *range(0xE000, 0x20000)]
-    pieces += [Piece(chr(code), -rank, NORMAL) for rank, code in enumerate(codes[:vocab_size - len(pieces)])]
+    space, count = ord(SPACE), vocab_size - len(pieces)
+    codes = [space, *range(33, space), *range(space + 1, 0xD800), *range(0xE000, 0x20000)]
+    pieces += [Piece(chr(code), -rank, NORMAL) for rank, code in enumerate(codes[:count])]
     return serialize_model(SentencePieceModel(pieces))
