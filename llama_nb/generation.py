@@ -2,9 +2,9 @@
 
 # %% auto #0
 __all__ = ['LayerCache', 'compile_step', 'common_prefix', 'check_length', 'Decoder', 'split_at_stop', 'Stream', 'write_pieces',
-           'render_chat', 'check_prompt', 'check_stop', 'chat_text', 'Llama']
+           'render_chat', 'check_prompt', 'check_stop', 'chat_text', 'message_ids', 'Llama']
 
-# %% ../nbs/09_generation.ipynb #8f884e49
+# %% ../nbs/09_generation.ipynb #78c855c5
 import functools, time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -16,9 +16,9 @@ from keras import ops
 from .checkpoint import LlamaConfig
 from .model import forward, model_layers
 from .sampling import GenerationError, Sampler, check_number, softmax
-from .tokenizer import Tokenizer
+from .tokenizer import Tokenizer, split_at
 
-# %% ../nbs/09_generation.ipynb #2a8f01c1
+# %% ../nbs/09_generation.ipynb #d10f243f
 class LayerCache:
     "Keys and values of one block, (batch, kv_heads, context, head_dim) each, written in place."
 
@@ -35,7 +35,7 @@ class LayerCache:
         self.values[:, :, start:end].assign(values)
         return self.keys[:, :, :end], self.values[:, :, :end]
 
-# %% ../nbs/09_generation.ipynb #32c020e4
+# %% ../nbs/09_generation.ipynb #5123362e
 def compile_step(layers: dict[str, keras.layers.Layer], caches: Sequence[LayerCache]):
     "Compiled: ids (1, seq) that begin at place `start`, to the logits (1, vocab) after the last."
     import tensorflow as tf
@@ -46,7 +46,7 @@ def compile_step(layers: dict[str, keras.layers.Layer], caches: Sequence[LayerCa
         return forward(layers, ids, start, caches, last=True)
     return step
 
-# %% ../nbs/09_generation.ipynb #d58acf77
+# %% ../nbs/09_generation.ipynb #c41b0dd2
 def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
     "How many items two sequences share, counted from the start."
     differences = (place for place, (x, y) in enumerate(zip(a, b)) if x != y)
@@ -58,7 +58,7 @@ def check_length(ids: Sequence[int], context_length: int) -> None:
         wanted = f"1 to {context_length} (context_length)"
         raise GenerationError(f"ids should be {wanted}, found {len(ids)}")
 
-# %% ../nbs/09_generation.ipynb #cf37b008
+# %% ../nbs/09_generation.ipynb #e8662eb9
 class Decoder:
     """The model with a cache: `advance(ids)` gives the logits (vocab,) after `ids`, and computes
     only what the cache does not hold yet. A long prompt is computed in pieces of `chunk` tokens,
@@ -81,7 +81,7 @@ class Decoder:
             self.cached_ids = ids[:end]
         return logits.numpy()[0]
 
-# %% ../nbs/09_generation.ipynb #386f7e3d
+# %% ../nbs/09_generation.ipynb #c651e3fb
 def split_at_stop(text: str, stop: Sequence[str]) -> tuple[str, str, bool]:
     "(what can be shown, what may yet begin a stop string, whether one was found)."
     found = [place for place in (text.find(word) for word in stop) if place >= 0]
@@ -91,7 +91,7 @@ def split_at_stop(text: str, stop: Sequence[str]) -> tuple[str, str, bool]:
     held = max(begins, default=0)
     return text[:len(text) - held], text[len(text) - held:], False
 
-# %% ../nbs/09_generation.ipynb #051e0d70
+# %% ../nbs/09_generation.ipynb #b192577b
 class Stream:
     """The pieces of a continuation, one by one as they come. After the last, `finish_reason` says
     why it ended: "end" (the model's end token), "stop" (a stop string), "length"
@@ -123,7 +123,7 @@ class Stream:
         decoded = len(self.new_ids) - 1
         return decoded / self.decode_seconds if decoded > 0 else float("nan")
 
-# %% ../nbs/09_generation.ipynb #984b88b1
+# %% ../nbs/09_generation.ipynb #058e7924
 def write_pieces(stream: Stream, tokenizer: Tokenizer, stop: Sequence[str]) -> Iterator[str]:
     "The loop of a stream: one more id, its text, what of it can be shown, and why it ends."
     text, pending = tokenizer.stream(stream.prompt_ids), ""
@@ -141,7 +141,7 @@ def write_pieces(stream: Stream, tokenizer: Tokenizer, stop: Sequence[str]) -> I
         elif stream.finish_reason: piece += pending
         if piece: yield piece
 
-# %% ../nbs/09_generation.ipynb #7223e1a1
+# %% ../nbs/09_generation.ipynb #b3d8f420
 def render_chat(template: str, messages: Sequence[dict], **names) -> str:
     "A conversation as the model was taught to see it: the checkpoint's Jinja template, sandboxed."
     import jinja2.sandbox
@@ -156,7 +156,7 @@ def render_chat(template: str, messages: Sequence[dict], **names) -> str:
         problem = f"{type(error).__name__}: {error}"
         raise GenerationError(f"the chat template stops with {problem}") from None
 
-# %% ../nbs/09_generation.ipynb #f2636323
+# %% ../nbs/09_generation.ipynb #bf21a18e
 def check_prompt(prompt: str | Sequence[int], tokenizer: Tokenizer, context_length: int):
     "The ids of a prompt (text, or ids as they are): one or more, fewer than the context holds."
     ids = tokenizer.encode(prompt) if isinstance(prompt, str) else tokenizer.check_ids(prompt)
@@ -175,7 +175,7 @@ def check_stop(stop: str | Sequence[str]) -> list[str]:
         raise GenerationError(f"stop should be {wanted}, found {stop!r}")
     return words
 
-# %% ../nbs/09_generation.ipynb #c6729305
+# %% ../nbs/09_generation.ipynb #d06305ae
 def chat_text(tokenizer: Tokenizer, messages: Sequence[dict]) -> str:
     "Messages `{'role': 'user', 'content': '...'}` as one text, up to where the answer begins."
     if tokenizer.chat_template is None:
@@ -187,7 +187,24 @@ def chat_text(tokenizer: Tokenizer, messages: Sequence[dict]) -> str:
     return render_chat(tokenizer.chat_template, messages,
                        bos_token=text_of(tokenizer.bos_id), eos_token=text_of(tokenizer.eos_id))
 
-# %% ../nbs/09_generation.ipynb #2da71f3d
+# %% ../nbs/09_generation.ipynb #a0dab1b7
+def message_ids(tokenizer: Tokenizer, messages: Sequence[dict]) -> list[int]:
+    "The ids of messages up to where the answer begins; what looks special inside a message stays text."
+    special = {tokenizer.pieces[id]: id for id in tokenizer.special}
+    mark = next(chr(code) for code in range(0xE000, 0xF900) if chr(code) not in str(messages))
+
+    def disguise(value):
+        if not isinstance(value, str): return value
+        return "".join(part[0] + mark + part[1:] if part in special else part for part in split_at(special, value))
+
+    def encode(part):
+        return [special[part]] if part in special else tokenizer.encode(part.replace(mark, ""), add_bos=False)
+
+    messages = [{key: disguise(value) for key, value in message.items()} if isinstance(message, dict) else message
+                for message in messages]
+    return [id for part in split_at(special, chat_text(tokenizer, messages)) for id in encode(part)]
+
+# %% ../nbs/09_generation.ipynb #2edddb21
 class Llama:
     "A model with its tokenizer: text in, text out. `llama_nb.load` makes one."
 
@@ -219,6 +236,10 @@ class Llama:
     def chat_ids(self, messages: Sequence[dict]) -> list[int]:
         "The ids of a conversation, up to where the answer begins."
         return self.tokenizer.encode(chat_text(self.tokenizer, messages), allow_special=True)
+
+    def chat_ids(self, messages: Sequence[dict]) -> list[int]:
+        "The ids of messages `{'role': 'user', 'content': '...'}`, up to where the answer begins."
+        return message_ids(self.tokenizer, messages)
 
     def chat(self, messages: Sequence[dict], max_new_tokens: int | None = None,
              stop: str | Sequence[str] = (), **sampling) -> str:

