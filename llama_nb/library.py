@@ -89,6 +89,7 @@ def set_threads(threads: int) -> None:
     import tensorflow as tf
     try:
         tf.config.threading.set_intra_op_parallelism_threads(threads)
+        tf.config.threading.set_inter_op_parallelism_threads(threads)
     except RuntimeError:
         raise GenerationError("threads can only be set before TensorFlow is first used in the process") from None
 
@@ -237,7 +238,7 @@ def show_stream(llm, stream, as_json: bool) -> str:
 # %% ../nbs/15_library.ipynb #2037dc88
 def make_report(llm, stream) -> dict:
     "How a continuation went."
-    speed = stream.tokens_per_second if len(stream.new_ids) > 1 else None
+    speed = stream.tokens_per_second if stream.decode_steps else None
     return dict(prompt_tokens=len(stream.prompt_ids), new_tokens=len(stream.new_ids),
                 finish_reason=stream.finish_reason, prefill_seconds=stream.prefill_seconds,
                 tokens_per_second=speed, peak_memory_bytes=peak_memory(), path=str(llm.path))
@@ -293,7 +294,9 @@ def read_lines():
     "One message a line, until an empty one, Ctrl-D or Ctrl-C."
     print("One message a line; an empty line or Ctrl-D ends.", file=sys.stderr)
     with contextlib.suppress(EOFError, KeyboardInterrupt):
-        while message := input("> "):
+        while True:
+            print("> ", end="", file=sys.stderr, flush=True)
+            if not (message := input()): return
             yield message
 
 # %% ../nbs/15_library.ipynb #a1925c7e

@@ -60,18 +60,18 @@ def check_number(name: str, value, kind: type, fits, wanted: str) -> None:
 
 # %% ../nbs/08_sampling.ipynb #4dbcb4a1
 RANGES = {
-    "temperature": (float, lambda value: 0 <= value < math.inf, "0 (greedy) or a positive number"),
+    "temperature": (float, lambda value: value == 0 or 1e-6 <= value < math.inf, "0 (greedy) or a number from 1e-6 up"),
     "top_k": (int, lambda value: value >= 0, "a whole number, 0 or more"),
     "top_p": (float, lambda value: 0 < value <= 1, "more than 0 and at most 1"),
     "min_p": (float, lambda value: 0 <= value <= 1, "between 0 and 1"),
-    "repetition_penalty": (float, lambda value: 0 < value < math.inf, "a positive number"),
+    "repetition_penalty": (float, lambda value: 1e-3 <= value <= 1e3, "a number from 0.001 to 1000"),
     "seed": (int, lambda value: value >= 0, "a whole number, 0 or more"),
 }
 
 # %% ../nbs/08_sampling.ipynb #637a05c5
 @dataclasses.dataclass(frozen=True)
 class Sampler:
-    """How the next token is chosen; names, defaults and order are those of transformers:
+    """How the next token is chosen; names, order and, where it samples, defaults are those of transformers:
     repetition penalty, temperature, top-k, top-p, min-p.
 
     `temperature` 0 takes the most probable token (greedy). `top_k` 0, `top_p` 1 and `min_p` 0

@@ -124,7 +124,7 @@ def train(config: LlamaConfig, tokenizer: Tokenizer, texts: list[str], held_out:
     compile_for_training(model, steps, peak)
     log = TrainingLog(lambda model: bits_per_byte(model, tokenizer, held_out, config.context_length))
     data = batches(encode_texts(tokenizer, texts), config.context_length, batch_size, seed)
-    model.fit(data, steps_per_epoch=steps // epochs, epochs=epochs, callbacks=[log], verbose=verbose, shuffle=False)
+    model.fit(data, steps_per_epoch=max(1, steps // epochs), epochs=epochs, callbacks=[log], verbose=verbose, shuffle=False)
     return model, log
 
 # %% ../nbs/12_training.ipynb #7f4cdd0f
