@@ -83,26 +83,27 @@ def test_feed_forward_is_torch(dtype):
     np.testing.assert_allclose(numbers(ours), theirs.float().numpy(), atol=TOLERANCE[dtype])
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("heads", [heads for heads in HEADS if heads[0] == heads[1]])
-def test_attention_is_keras_multi_head_attention(heads, dtype):
+def assert_agrees_with_keras(heads, theirs, dtype):
+    "Our attention against a layer of Keras' own with the same weights."
     ours = attention(heads, dtype)
-    theirs = keras.layers.MultiHeadAttention(heads[0], heads[2], use_bias=False, dtype=dtype)
     x = random(2, 7, 48)
     theirs.build(x.shape, x.shape)
     theirs.set_weights([np.reshape(value, variable.shape) for value, variable in zip(ours.get_weights(), theirs.weights)])
     np.testing.assert_allclose(numbers(ours(x)), numbers(theirs(x, x, use_causal_mask=True)), atol=TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("heads", [heads for heads in HEADS if heads[0] == heads[1]])
+def test_attention_is_keras_multi_head_attention(heads, dtype):
+    theirs = keras.layers.MultiHeadAttention(heads[0], heads[2], use_bias=False, dtype=dtype)
+    assert_agrees_with_keras(heads, theirs, dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("heads", HEADS)
 def test_attention_is_keras_group_query_attention(heads, dtype):
-    ours = attention(heads, dtype)
     theirs = keras.layers.GroupQueryAttention(head_dim=heads[2], num_query_heads=heads[0], num_key_value_heads=heads[1], use_bias=False, dtype=dtype)
-    x = random(2, 7, 48)
-    theirs.build(x.shape, x.shape)
-    theirs.set_weights([np.reshape(value, variable.shape) for value, variable in zip(ours.get_weights(), theirs.weights)])
-    np.testing.assert_allclose(numbers(ours(x)), numbers(theirs(x, x, use_causal_mask=True)), atol=TOLERANCE[dtype])
+    assert_agrees_with_keras(heads, theirs, dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
