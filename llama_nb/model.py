@@ -34,14 +34,14 @@ def make_layers(config: LlamaConfig, dtype: str = "float32", initializer="zeros"
     return {layer.name: layer for layer in layers}
 
 # %% ../nbs/07_model.ipynb #dbbb2cbb
-def forward(layers: dict[str, keras.layers.Layer], ids, start=0, caches=None, last: bool = False):
-    """Ids (batch, seq) to float32 logits (batch, seq, vocab); if `last`, those of the last position, (batch, vocab).
+def forward(layers: dict[str, keras.layers.Layer], ids, start=0, caches=None, last: int | None = None):
+    """Ids (batch, seq) to float32 logits (batch, seq, vocab); or those of the `last` positions only, (batch, last, vocab).
     `caches`: one per block, for ids that go on from position `start`."""
     x = layers["tok_embeddings"](ids)
     blocks = [layer for layer in layers.values() if isinstance(layer, Block)]
     for block, cache in zip(blocks, caches or [None] * len(blocks), strict=True):
         x = block(x, start=start, cache=cache)
-    x = layers["norm"](x[:, -1] if last else x)
+    x = layers["norm"](x if last is None else x[:, -last:])
     if "output" in layers: logits = layers["output"](x)
     else: logits = layers["tok_embeddings"](x, reverse=True)
     return tap("logits", ops.cast(logits, "float32"))

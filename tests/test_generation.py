@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from llama_nb.generation import Decoder, Llama, Stream, check_prompt, check_stop, common_prefix, render_chat, split_at_stop
+from llama_nb.generation import Llama, Stream, cached_decoder, check_prompt, check_stop, common_prefix, render_chat, split_at_stop
 from llama_nb.sampling import GenerationError, Sampler
 from llama_nb.tokenizer import TokenizerError
 
@@ -43,7 +43,7 @@ def advance_all(decoder, ids, prompt_length):
 
 @pytest.fixture(scope="module", params=[256, 7], ids=["whole prompt", "chunks of 7"])
 def decoder(bard, request):
-    return Decoder(bard.model, bard.config, request.param)
+    return cached_decoder(bard.model, bard.config, request.param)
 
 
 @pytest.fixture(scope="module")
@@ -85,31 +85,32 @@ def test_cached_equals_uncached_in_bfloat16(bard):
     assert difference <= 0.1 * np.abs(llm.logits(ids)).max()
 
 
-class Counting(Decoder):
-    "Counts the positions that it computes."
-    def __init__(self, *arguments):
-        super().__init__(*arguments)
-        self.computed, step = [], self.step
-        def counted(ids, start):
-            self.computed.append((int(start), ids.shape[1]))
-            return step(ids, start)
-        self.step = counted
-
-
 def test_only_what_is_new_is_computed(bard):
-    decoder = Counting(bard.model, bard.config)
-    ids = random_ids(bard, 20)
+    decoder, ids, computed = cached_decoder(bard.model, bard.config), random_ids(bard, 20), []
+    step = decoder.step
+
+    def counted(ids, start, last):
+        computed.append((int(start), ids.shape[1]))
+        return step(ids, start, last)
+    decoder.step = counted
     decoder.advance(ids[:10])
     decoder.advance(ids[:11])
     decoder.advance(ids)
     decoder.advance(ids)
     decoder.advance(ids[:5] + ids[6:10])
     decoder.advance(ids[:3])
-    assert decoder.computed == [(0, 10), (10, 1), (11, 9), (19, 1), (5, 4), (2, 1)]
+    assert computed == [(0, 10), (10, 1), (11, 9), (19, 1), (5, 4), (2, 1)]
+
+
+@pytest.mark.parametrize("count", [1, 3, 9, 20])
+def test_logits_after_several_last_tokens(bard, count):
+    decoder, ids = cached_decoder(bard.model, bard.config, chunk=8), random_ids(bard, 20)
+    decoder.advance(ids[:6])
+    assert np.abs(decoder.last_logits(ids, count) - bard.logits(ids)[-count:]).max() <= 1e-4
 
 
 def test_interleaved_texts(bard):
-    decoder = Decoder(bard.model, bard.config)
+    decoder = cached_decoder(bard.model, bard.config)
     texts = [random_ids(bard, 30, seed=1), random_ids(bard, 30, seed=2)]
     texts.append(texts[0][:12] + texts[1][12:])
     expected = [bard.logits(text) for text in texts]
@@ -137,14 +138,14 @@ def test_one_trace_for_all_prompts(fresh):
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError])
 def test_an_interrupted_decoder_goes_on_rightly(bard, error):
-    decoder, ids = Decoder(bard.model, bard.config, chunk=4), random_ids(bard, 20)
+    decoder, ids = cached_decoder(bard.model, bard.config, chunk=4), random_ids(bard, 20)
     step, calls = decoder.step, []
 
-    def interrupted(ids, start):
+    def interrupted(ids, start, last):
         calls.append(start)
         if len(calls) == 3:
             raise error
-        return step(ids, start)
+        return step(ids, start, last)
     decoder.step = interrupted
     decoder.advance(ids[:4])
     with pytest.raises(error):
@@ -417,6 +418,6 @@ def test_check_helpers(bard):
 def test_damaged_weights_are_named(bard):
     config = dataclasses.replace(bard.config)
     llm = Llama(bard.model, bard.tokenizer, config)
-    llm.decoder.step = lambda ids, start: type("Result", (), {"numpy": lambda self: np.full((1, config.vocab_size), np.nan, np.float32)})()
+    llm.decoder.step = lambda ids, start, last: np.full((1, config.vocab_size), np.nan, np.float32)
     with pytest.raises(GenerationError, match="are the weights damaged"):
         llm.generate("My lord,", max_new_tokens=2)
