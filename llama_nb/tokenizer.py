@@ -114,7 +114,10 @@ class HandMadeBPE:
 
     def __init__(self, model: SentencePieceModel):
         ids = {kind: {} for kind in range(1, 7)}
-        for id, piece in enumerate(model.pieces): ids[piece.kind][piece.text] = id
+        for id, piece in enumerate(model.pieces): ids.setdefault(piece.kind, {})[piece.text] = id
+        if len(ids) > 6 or not ids[UNKNOWN] or len(ids[BYTE]) not in (0, 256):
+            raise TokenizerError("pieces should be of six kinds, with one for the unknown, "
+                                 "and 256 bytes or none")
         if not model.is_bpe or model.charsmap or model.squeeze_spaces or ids[UNUSED]:
             raise TokenizerError("by hand only byte-pair models with identity normalization "
                                  "are encoded; install tensorflow-text for others")
@@ -200,6 +203,11 @@ class Vocabulary:
     def vocab_size(self) -> int:
         return len(self.pieces)
 
+    @functools.cached_property
+    def special_ids(self) -> dict[str, int]:
+        "The special tokens' ids by their text."
+        return {self.pieces[id]: id for id in self.special}
+
     def check_ids(self, ids: Iterable[int]) -> list[int]:
         "The ids as a list, each in the vocabulary."
         ids = [int(id) for id in ids]
@@ -247,8 +255,7 @@ class Tokenizer(Vocabulary):
                allow_special: bool = False) -> list[int]:
         """The ids of a text, after `bos_id` if `add_bos` and the model was trained with it.
         What looks like a special token is plain text unless `allow_special`."""
-        special = {self.pieces[id]: id for id in self.special} if allow_special else {}
-        ids = []
+        special, ids = self.special_ids if allow_special else {}, []
         for part in split_at(special, check_text(text)):
             ids += [special[part]] if part in special else self.encode_plain(part)
         begin = [self.bos_id] if add_bos and self.add_bos else []
@@ -274,9 +281,8 @@ class SentencePieceTokenizer(Tokenizer):
         self.pieces = [piece.text for piece in model.pieces]
         self.special = frozenset(id for id, piece in enumerate(model.pieces)
                                  if piece.kind in (CONTROL, UNKNOWN))
-        special = {self.pieces[id]: id for id in self.special}
-        self.bos_id, self.eos_id = special.get("<s>"), special.get("</s>")
-        self.add_bos, self.stop_ids = "<s>" in special, frozenset({self.eos_id} - {None})
+        self.bos_id, self.eos_id = map(self.special_ids.get, ("<s>", "</s>"))
+        self.add_bos, self.stop_ids = self.bos_id is not None, frozenset({self.eos_id} - {None})
         self.strip_first_space = model.dummy_prefix
 
     @functools.cached_property
@@ -435,5 +441,8 @@ def synth_tokenizer(vocab_size: int) -> bytes:
     pieces += [Piece(f"<0x{byte:02X}>", 0, BYTE) for byte in range(256)]
     space, count = ord(SPACE), vocab_size - len(pieces)
     codes = [space, *range(33, space), *range(space + 1, 0xD800), *range(0xE000, 0x20000)]
+    if not 0 < count <= len(codes):
+        most = len(pieces) + len(codes)
+        raise TokenizerError(f"vocab_size should be 260 to {most}, found {vocab_size}")
     pieces += [Piece(chr(code), -rank, NORMAL) for rank, code in enumerate(codes[:count])]
     return serialize_model(SentencePieceModel(pieces))

@@ -6,8 +6,8 @@ import zipfile
 import numpy as np
 import pytest
 
-from llama_nb.checkpoint import CheckpointError, bard_folder, cache_folder, download_package, fetch, gguf_metadata, sha256
-from llama_nb.tokenizer import (BYTE, CONTROL, NORMAL, UNKNOWN, USER_DEFINED, ByteLevelTokenizer, SentencePieceTokenizer, TokenizerError,
+from llama_nb.checkpoint import CheckpointError, bard_folder, cached_file, download_package, fetch, gguf_metadata
+from llama_nb.tokenizer import (BYTE, CONTROL, NORMAL, UNKNOWN, USER_DEFINED, ByteLevelTokenizer, HandMadeBPE, Piece, SentencePieceTokenizer, TokenizerError,
                                 load_tokenizer, parse_model, show_tokens, synth_tokenizer)
 
 BEES = "The best way to attract bees"
@@ -28,18 +28,13 @@ def random_texts(count, seed=0, longest=40):
 @pytest.fixture(scope="session")
 def mistral():
     "Mistral's first tokenizer, 32,000 pieces, out of its wheel; kept in the cache folder."
-    target = cache_folder() / "mistral-tokenizer.model"
-    if not target.is_file() or sha256(target) != MISTRAL_SHA256:
-        folder = cache_folder() / "mistral-common"
-        try:
-            with zipfile.ZipFile(download_package("mistral-common==1.13.1", folder)) as wheel:
-                target.write_bytes(wheel.read(MISTRAL))
-        except CheckpointError as error:
-            pytest.skip(f"mistral-common cannot be had: {error}")
-        for file in folder.iterdir(): file.unlink()
-        folder.rmdir()
-    assert sha256(target) == MISTRAL_SHA256
-    return target.read_bytes()
+    def make(part):
+        with zipfile.ZipFile(download_package("mistral-common==1.13.1", part.parent)) as wheel:
+            part.write_bytes(wheel.read(MISTRAL))
+    try:
+        return cached_file("mistral-tokenizer.model", MISTRAL_SHA256, make).read_bytes()
+    except CheckpointError as error:
+        pytest.skip(f"mistral-common cannot be had: {error}")
 
 
 @pytest.fixture(scope="session")
@@ -210,7 +205,13 @@ def test_show_tokens(tokenizers, capsys):
     assert capsys.readouterr().out.split() == "504 1450 970 288 4373 9356 The Ġbest Ġway Ġto Ġattract Ġbees".split()
 
 
-@pytest.mark.parametrize("size", [300, 32000])
+@pytest.mark.parametrize("size", [-1, 0, 258, 259, 10**6])
+def test_made_up_tokenizers_of_no_size(size):
+    with pytest.raises(TokenizerError, match=f"vocab_size should be 260 to [0-9]+, found {size}$"):
+        synth_tokenizer(size)
+
+
+@pytest.mark.parametrize("size", [260, 300, 32000])
 def test_made_up_tokenizers(size):
     tokenizer = SentencePieceTokenizer(synth_tokenizer(size))
     assert tokenizer.vocab_size == size and tokenizer.encode(BEES, add_bos=False) == judge(tokenizer.data).encode(BEES)
@@ -311,10 +312,11 @@ def test_ids_out_of_range_are_refused(tokenizers, name):
 
 
 def test_by_hand_refuses_what_it_cannot_do():
-    model = parse_model(BARD)
-    for change in (dict(is_bpe=False), dict(charsmap=b"x"), dict(squeeze_spaces=True)):
-        from llama_nb.tokenizer import HandMadeBPE
-        with pytest.raises(TokenizerError, match="byte-pair models with identity normalization"):
+    model, cannot, odd = parse_model(BARD), "byte-pair models with identity normalization", "six kinds, with one for the unknown, and 256 bytes"
+    without = [[piece for id, piece in enumerate(model.pieces) if id != missing] for missing in (0, 99)]
+    for message, change in [(cannot, dict(is_bpe=False)), (cannot, dict(charsmap=b"x")), (cannot, dict(squeeze_spaces=True)),
+                            (odd, dict(pieces=[*model.pieces, Piece("thee", 0, 9)])), *((odd, dict(pieces=pieces)) for pieces in without)]:
+        with pytest.raises(TokenizerError, match=message):
             HandMadeBPE(model._replace(**change))
 
 
