@@ -3,8 +3,9 @@
 # %% auto #0
 __all__ = ['BYTES', 'COMMANDS', 'find_model', 'open_model', 'cache_bytes', 'describe', 'check_choice', 'load', 'set_threads',
            'UsageError', 'Parser', 'whole', 'some_text', 'model_options', 'sampling_options', 'make_parser',
-           'quiet_start', 'read_prompt', 'load_for', 'stream_for', 'show_stream', 'make_report', 'peak_memory',
-           'as_size', 'format_report', 'run_generate', 'run_chat', 'read_lines', 'run_info', 'run_synth', 'main']
+           'quiet_start', 'read_prompt', 'sampling_of', 'load_for', 'stream_for', 'held_back', 'show_stream',
+           'make_report', 'peak_memory', 'as_size', 'format_report', 'run_generate', 'run_chat', 'read_lines',
+           'run_info', 'run_synth', 'main']
 
 # %% ../nbs/15_library.ipynb #c06d773a
 import argparse, collections, contextlib, dataclasses, json, os, sys
@@ -13,7 +14,7 @@ from pathlib import Path
 
 from .checkpoint import PRESETS, SIZES, Checkpoint, CheckpointError, LlamaConfig
 from .checkpoint import bard_folder, fetch, open_checkpoint, synth
-from .sampling import GenerationError, Sampler
+from .sampling import GenerationError, Sampler, check_number
 from .tokenizer import Tokenizer, TokenizerError, load_tokenizer, synth_tokenizer
 
 # %% ../nbs/15_library.ipynb #0e2699e0
@@ -84,8 +85,7 @@ def load(name, engine: str = "keras", dtype: str = "float32", context_length: in
 
 def set_threads(threads: int) -> None:
     "How many threads TensorFlow computes with."
-    if isinstance(threads, bool) or not isinstance(threads, int) or threads < 1:
-        raise GenerationError(f"threads should be a whole number, 1 or more, found {threads!r}")
+    check_number("threads", threads, int, lambda value: value >= 1, "a whole number, 1 or more")
     import tensorflow as tf
     try:
         tf.config.threading.set_intra_op_parallelism_threads(threads)
@@ -203,9 +203,17 @@ def read_prompt(arguments) -> str:
     return text
 
 # %% ../nbs/15_library.ipynb #b8b7bb08
+def sampling_of(arguments) -> dict:
+    "The fields of `Sampler` among the arguments."
+    return {field.name: getattr(arguments, field.name) for field in dataclasses.fields(Sampler)}
+
 def load_for(arguments):
-    "The model that the command line names, loaded in quiet; its sampling arguments are checked first."
-    Sampler(**{field.name: getattr(arguments, field.name) for field in dataclasses.fields(Sampler)})
+    "The model that the command line names, loaded in quiet; what can be refused before that, is."
+    Sampler(**sampling_of(arguments))
+    if arguments.command == "chat":
+        tokenizer = load_tokenizer(find_model(arguments.model, progress=sys.stderr.isatty()))
+        if tokenizer.chat_template is None:
+            raise GenerationError("this model has no chat template; use generate")
     with quiet_start():
         llm = load(arguments.model, dtype=arguments.dtype, context_length=arguments.context_length,
                    threads=arguments.threads, progress=sys.stderr.isatty())
@@ -214,10 +222,14 @@ def load_for(arguments):
 
 def stream_for(llm, prompt, arguments):
     "The continuation that the command line asks for."
-    names = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed", "stop")
-    return llm.stream(prompt, **{name: getattr(arguments, name) for name in names})
+    return llm.stream(prompt, arguments.max_new_tokens, arguments.stop, **sampling_of(arguments))
 
 # %% ../nbs/15_library.ipynb #b5c8270d
+def held_back(tokenizer: Tokenizer, stream, shown: str) -> str:
+    "What a stream has written beyond the text that it has shown."
+    decoder = tokenizer.stream(stream.prompt_ids)
+    return ("".join(map(decoder.push, stream.new_ids)) + decoder.finish())[len(shown):]
+
 def show_stream(llm, stream, as_json: bool) -> str:
     "Prints a continuation as it comes, then how it went; returns its text."
     pieces = []
@@ -226,6 +238,9 @@ def show_stream(llm, stream, as_json: bool) -> str:
             pieces.append(piece)
             if not as_json: print(piece, end="", flush=True)
     except KeyboardInterrupt:
+        if stream.finish_reason is None:
+            pieces.append(held_back(llm.tokenizer, stream, "".join(pieces)))
+            if not as_json: print(pieces[-1], end="")
         stream.finish_reason = "interrupted"
     text, report = "".join(pieces), make_report(llm, stream)
     if as_json:

@@ -106,8 +106,9 @@ def test_argument_that_is_not_unicode(complaint, one_load):
     assert "valid Unicode" in complaint("generate", "-m", "bard", "-p", os.fsdecode(b"m\xfcde"))
 
 
-def test_chat_without_a_template(complaint, one_load):
-    assert "chat template" in complaint("chat", "-m", "bard", "-p", "Good morrow")
+def test_chat_without_a_template(complaint, monkeypatch):
+    monkeypatch.setattr(library, "load", None)
+    assert "no chat template" in complaint("chat", "-m", "bard", "-p", "Good morrow")
 
 
 # Mistakes in the files.
@@ -306,7 +307,7 @@ def start(*arguments, **options):
     return subprocess.Popen([*LLAMA_NB, *arguments], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment)
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["info", "bard"], ["generate", "--temp", "-1", "-p", "To be"], ["generate", "-m", "brad", "-p", "To be"]])
+@pytest.mark.parametrize("arguments", [["--help"], ["info", "bard"], ["generate", "--temp", "-1", "-p", "To be"], ["generate", "-m", "brad", "-p", "To be"], ["chat", "-m", "bard", "-p", "To be"]])
 def test_what_needs_no_tensorflow_imports_none(arguments):
     code = f"import sys; from llama_nb.library import main\ntry: main({arguments})\nexcept SystemExit: pass\nprint(*set({HEAVY}) & set(sys.modules), file=sys.stderr)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
@@ -335,14 +336,22 @@ def test_interrupt_leaves_one_json_object(one_load, bard, monkeypatch, capsys):
         def __iter__(self):
             yield next(self.pieces)
             raise KeyboardInterrupt
-    def stream(prompt, **arguments):
-        stream = type(bard).stream(bard, prompt, **arguments)
+    def stream(*arguments, **sampling):
+        stream = type(bard).stream(bard, *arguments, **sampling)
         stream.__class__ = Interrupted
         return stream
     monkeypatch.setattr(bard, "stream", stream, raising=False)
     assert main("generate -m bard -p To -n 9 --temp 0 --json".split()) == 130
     answer = json.loads(capsys.readouterr().out)
     assert answer["finish_reason"] == "interrupted" and answer["new_tokens"] >= 1 and answer["text"]
+
+
+def test_interrupt_shows_what_is_held_back_for_a_stop_string(one_load, bard, monkeypatch, capsys):
+    whole, advance = bard.generate("To be", max_new_tokens=4, temperature=0), bard.decoder.advance
+    calls = iter([advance] * 4)
+    monkeypatch.setattr(bard.decoder, "advance", lambda ids: next(calls, lambda ids: signal.raise_signal(signal.SIGINT))(ids))
+    assert main(["generate", "-m", "bard", "-p", "To be", "--temp", "0", "--stop", whole + "no, this never comes"]) == 130
+    assert capsys.readouterr().out == f"To be{whole}\n"
 
 
 def test_reader_that_goes_away():
