@@ -2,19 +2,16 @@
 
 # %% auto #0
 __all__ = ['LayerCache', 'compile_step', 'common_prefix', 'check_length', 'Decoder', 'cached_decoder', 'split_at_stop', 'Stream',
-           'write_pieces', 'render_chat', 'check_prompt', 'check_stop', 'chat_text', 'message_ids', 'Llama']
+           'write_steps', 'render_chat', 'check_prompt', 'check_stop', 'chat_text', 'message_ids', 'Llama']
 
 # %% ../nbs/09_generation.ipynb #78c855c5
 import functools, json, time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-import keras
 import numpy as np
-from keras import ops
 
 from .checkpoint import LlamaConfig
-from .model import forward, model_layers
 from .sampling import GenerationError, Sampler, check_number, softmax
 from .tokenizer import Tokenizer, split_at
 
@@ -31,16 +28,19 @@ class LayerCache:
 
     def update(self, keys, values, start):
         "Puts those of new positions at `start`, in the place of what was there; gives those of all positions so far."
-        keys = ops.concatenate([self.keys[:, :, :start], keys], axis=2)
-        values = ops.concatenate([self.values[:, :, :start], values], axis=2)
+        import tensorflow as tf
+        keys = tf.concat([self.keys[:, :, :start], keys], axis=2)
+        values = tf.concat([self.values[:, :, :start], values], axis=2)
         self.keys.assign(keys)
         self.values.assign(values)
         return keys, values
 
 # %% ../nbs/09_generation.ipynb #5123362e
-def compile_step(layers: dict[str, keras.layers.Layer], caches: Sequence[LayerCache]):
-    "Compiled: ids (1, seq) that begin at place `start`, to the logits (last, vocab) after the `last` of them."
+def compile_step(layers: dict, caches: Sequence[LayerCache]):
+    """Compiled: ids (1, seq) that begin at place `start`, to the logits (last, vocab) after the `last` of them.
+    `layers`: `make_layers`' of chapter 7."""
     import tensorflow as tf
+    from llama_nb.model import forward
     signature = [tf.TensorSpec(shape, "int32") for shape in ((1, None), (), ())]
 
     @tf.function(input_signature=signature, autograph=False)
@@ -87,8 +87,9 @@ class Decoder:
             if end > first: rows.append(np.asarray(logits))
         return np.concatenate(rows)
 
-def cached_decoder(model: keras.Model, config: LlamaConfig, chunk: int = 256) -> Decoder:
+def cached_decoder(model: "keras.Model", config: LlamaConfig, chunk: int = 256) -> Decoder:
     "The decoder of a Keras model."
+    from llama_nb.model import model_layers
     layers = model_layers(model)
     caches = [LayerCache(config, layers["norm"].compute_dtype) for _ in range(config.n_layers)]
     return Decoder(compile_step(layers, caches), config.context_length, chunk)
@@ -115,7 +116,8 @@ class Stream:
         self.prefill_seconds, self.decode_seconds, self.decode_steps = 0.0, 0.0, 0
         self.advance, self.choose = advance, sampler.chooser()
         self.limits = {"length": max_new_tokens, "context": context_length - len(prompt_ids)}
-        self.pieces = write_pieces(self, tokenizer, stop)
+        self.steps = write_steps(self, tokenizer, stop)
+        self.pieces = filter(None, self.steps)
 
     def __iter__(self) -> Iterator[str]: return self.pieces
     def __next__(self) -> str: return next(self.pieces)
@@ -132,13 +134,18 @@ class Stream:
         return id
 
     @property
+    def limit(self) -> int:
+        "At most so many tokens."
+        return min(limit for limit in self.limits.values() if limit is not None)
+
+    @property
     def tokens_per_second(self) -> float:
         "Tokens decoded after the first, per second."
         return self.decode_steps / self.decode_seconds if self.decode_steps else float("nan")
 
 # %% ../nbs/09_generation.ipynb #058e7924
-def write_pieces(stream: Stream, tokenizer: Tokenizer, stop: Sequence[str]) -> Iterator[str]:
-    "The loop of a stream: one more id, its text, what of it can be shown, and why it ends."
+def write_steps(stream: Stream, tokenizer: Tokenizer, stop: Sequence[str]) -> Iterator[str]:
+    "The loop of a stream: one more id, what of its text can be shown (perhaps nothing yet), and why it ends."
     text, pending = tokenizer.stream(stream.prompt_ids), ""
     while stream.finish_reason is None:
         id = stream.next_id()
@@ -152,7 +159,7 @@ def write_pieces(stream: Stream, tokenizer: Tokenizer, stop: Sequence[str]) -> I
         piece, pending, stopped = split_at_stop(pending, stop)
         if stopped: stream.finish_reason = "stop"
         elif stream.finish_reason: piece += pending
-        if piece: yield piece
+        yield piece
 
 # %% ../nbs/09_generation.ipynb #b3d8f420
 def render_chat(template: str, messages: Sequence[dict], **names) -> str:
@@ -203,7 +210,7 @@ def chat_text(tokenizer: Tokenizer, messages: Sequence[dict]) -> str:
 # %% ../nbs/09_generation.ipynb #a0dab1b7
 def message_ids(tokenizer: Tokenizer, messages: Sequence[dict]) -> list[int]:
     "The ids of messages up to where the answer begins; what looks special inside a message stays text."
-    special = {tokenizer.pieces[id]: id for id in tokenizer.special}
+    special = tokenizer.special_ids
     written = json.dumps(list(messages), ensure_ascii=False, default=str)
     mark = next(chr(code) for code in range(0xE000, 0xF900) if chr(code) not in written)
 
@@ -222,7 +229,7 @@ def message_ids(tokenizer: Tokenizer, messages: Sequence[dict]) -> list[int]:
 class Llama:
     "A model with its tokenizer: text in, text out. `llama_nb.load` makes one."
 
-    def __init__(self, model: keras.Model, tokenizer: Tokenizer, config: LlamaConfig,
+    def __init__(self, model: "keras.Model | None", tokenizer: Tokenizer, config: LlamaConfig,
                  path: Path | None = None):
         self.model, self.tokenizer, self.config, self.path = model, tokenizer, config, path
 
@@ -243,9 +250,14 @@ class Llama:
     def generate(self, prompt: str | Sequence[int] | list[str], max_new_tokens: int | None = None,
                  stop: str | Sequence[str] = (), **sampling) -> str | list[str]:
         "The continuation of a prompt as one text; of a list of prompts, a list. Arguments: `stream`'s."
-        if isinstance(prompt, list) and not all(isinstance(id, (int, np.integer)) for id in prompt):
-            return [self.generate(one, max_new_tokens, stop, **sampling) for one in prompt]
-        return "".join(self.stream(prompt, max_new_tokens, stop, **sampling))
+        several = isinstance(prompt, list) and not all(isinstance(id, (int, np.integer)) for id in prompt)
+        prompts = prompt if several else [prompt]
+        texts = self.write([self.stream(one, max_new_tokens, stop, **sampling) for one in prompts])
+        return texts if several else texts[0]
+
+    def write(self, streams: Sequence[Stream]) -> list[str]:
+        "The texts of streams, one after the other."
+        return ["".join(stream) for stream in streams]
 
     def chat_ids(self, messages: Sequence[dict]) -> list[int]:
         "The ids of messages `{'role': 'user', 'content': '...'}`, up to where the answer begins."
@@ -260,4 +272,4 @@ class Llama:
         "The logits (tokens, vocab), float32, at every position, from the pass without a cache."
         ids = self.tokenizer.check_ids(ids)
         check_length(ids, self.config.context_length)
-        return ops.convert_to_numpy(self.model(np.array([ids], "int32")))[0]
+        return np.asarray(self.model(np.array([ids], "int32")))[0]
