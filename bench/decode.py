@@ -8,29 +8,18 @@ Each contender works in a process of its own, one after another, in turn for as 
 The read bandwidth is measured between them, since decoding reads every weight once for each token: bandwidth / bytes per token is the limit.
 """
 import argparse
-import concurrent.futures
-import importlib.util
 import json
 import os
-import platform
 import statistics
-import subprocess
 import sys
-import time
-from pathlib import Path
 
 import numpy as np
 
+from machine import apart, bandwidth, cpu, missing, timed, usable_cores
+
 MODEL = "smollm2-135m-instruct"
 CONTEXTS = (125, 250, 500, 1000)
-FLAGS = ("avx2", "fma", "f16c", "avx512f", "avx512_bf16", "avx512_vnni", "amx_bf16", "amx_int8", "asimd", "i8mm", "sve")
 TEXT = "Bees are flying insects known for their part in pollination and, in the best-known species, for making honey. " * 60
-
-
-def timed(function, *arguments):
-    begin = time.perf_counter()
-    result = function(*arguments)
-    return time.perf_counter() - begin, result
 
 
 # The contenders: each gives (start over, ids -> logits of the last position). Only new ids are computed.
@@ -99,40 +88,15 @@ def work(name, threads, ids, prompt, new, repeats, contexts):
     return dict(prefill=statistics.median(elapsed for elapsed, _ in prefills), decode=seconds, at_context=at_context, written=written)
 
 
-# The machine.
-
-def cpu():
-    "Model, and those of its flags that matter here."
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        facts = dict((key.strip(), value.strip()) for key, _, value in (line.partition(":") for line in lines))
-        return facts.get("model name", platform.processor()), [flag for flag in FLAGS if flag in facts.get("flags", facts.get("Features", "")).split()]
-    except OSError:
-        return platform.processor() or platform.machine(), []
-
-
-def bandwidth(threads, gigabytes=2, repeats=5):
-    "The most bytes a second that `threads` threads read from an array far larger than the caches."
-    array = np.ones(int(gigabytes * 1e9) // 4, np.float32)
-    parts = np.array_split(array, threads)
-    with concurrent.futures.ThreadPoolExecutor(threads) as pool:
-        return array.nbytes / min(timed(lambda: list(pool.map(np.max, parts)))[0] for _ in range(repeats))
-
-
 # One run.
-
-def missing(name):
-    return [package for package in NEEDS[name] if importlib.util.find_spec(package) is None]
-
 
 def run_worker(name, arguments, ids):
     "`work` in a process of its own."
-    call = json.dumps(dict(name=name, threads=arguments.threads, ids=ids, prompt=arguments.prompt, new=arguments.new, repeats=arguments.repeats, contexts=arguments.contexts))
-    environment = os.environ | dict(OMP_NUM_THREADS=str(arguments.threads), TF_CPP_MIN_LOG_LEVEL="3")
-    done = subprocess.run([sys.executable, __file__, "--worker"], input=call, capture_output=True, text=True, env=environment)
-    if done.returncode:
-        sys.exit(f"{name}: {done.stderr.strip().splitlines()[-1]}")
-    return json.loads(done.stdout.splitlines()[-1])
+    call = dict(name=name, threads=arguments.threads, ids=ids, prompt=arguments.prompt, new=arguments.new, repeats=arguments.repeats, contexts=arguments.contexts)
+    try:
+        return apart(__file__, call)
+    except RuntimeError as error:
+        sys.exit(f"{name}: {error}")
 
 
 def measure(arguments):
@@ -142,7 +106,7 @@ def measure(arguments):
     about = describe(MODEL)
     ids = load_tokenizer(fetch(MODEL, progress=False)).encode(TEXT)
     ids = ids[:max(arguments.prompt, *arguments.contexts)]
-    absent = {name: missing(name) for name in CONTENDERS if missing(name)}
+    absent = {name: missing(packages) for name, packages in NEEDS.items() if missing(packages)}
     rounds, speeds = {name: [] for name in CONTENDERS if name not in absent}, []
     for _ in range(arguments.rounds):
         speeds.append(bandwidth(arguments.threads))
@@ -185,7 +149,7 @@ def main():
     if sys.argv[1:] == ["--worker"]:
         return print(json.dumps(work(**json.loads(sys.stdin.read()))))
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("-t", "--threads", type=int, default=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
+    parser.add_argument("-t", "--threads", type=int, default=usable_cores())
     parser.add_argument("--prompt", type=int, default=128, help="tokens to prefill (default: %(default)s)")
     parser.add_argument("--new", type=int, default=64, help="tokens to decode (default: %(default)s)")
     parser.add_argument("--repeats", type=int, default=5, help="prefills to take the median of (default: %(default)s)")

@@ -1,0 +1,279 @@
+"""A 7B LLaMA on this CPU, by llama_nb and by what people install instead; SmolLM2-135M too. Random weights: speed doesn't know the difference.
+
+    pip install -e ".[bench]"
+    python bench/cpu_7b.py                        # everything; about an hour on two cores, 30 GB of disk, 16 GB of memory
+    python bench/cpu_7b.py "7B llama.cpp Q4_0"    # one contender
+    python bench/cpu_7b.py --layers 2             # a try in minutes
+    python bench/cpu_7b.py --report               # the figures measured so far
+
+Each contender's model is made, measured in a process of its own, and deleted, one after another (one that is there already is used and kept). Each result
+is a line of build/bench/cpu_7b.jsonl, so a run that was stopped goes on where it was. The read bandwidth is measured before each contender: decoding reads every
+weight and the cache of keys and values once for each token, so that bandwidth / bytes is the limit.
+"""
+import argparse
+import dataclasses
+import datetime
+import functools
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+import peers
+from llama_nb.checkpoint import SIZES, LlamaConfig, fetch, open_checkpoint
+from machine import apart, bandwidth, cpu, missing, peak_memory, timed, usable_cores, version
+
+SMALL = "smollm2-135m-instruct"
+RESULTS = "cpu_7b.jsonl"
+CONTEXT = 2304
+NEAR, FAR, PROMPT, NEW = 128, 2000, 512, 16
+FIGURES = {f"decode {NEAR}": 1, f"prefill {PROMPT}": PROMPT, f"decode {FAR}": 1}      # the tokens that a figure's seconds are for
+
+
+# llama_nb itself.
+
+def run(*arguments):
+    "`llama-nb` with these arguments."
+    done = subprocess.run([sys.executable, "-c", "import sys; from llama_nb.library import main; sys.exit(main())", *map(str, arguments)], capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(done.stderr.strip().splitlines()[-1])
+
+
+def convert(path, config, dtype):
+    source = path.with_name("source")
+    try:
+        run("synth", source, "--like", "7B", "--layers", config.n_layers)
+        run("convert", source, path, "--dtype", dtype)
+    finally:
+        shutil.rmtree(source, ignore_errors=True)
+
+
+def convert_small(path, config, dtype):
+    run("convert", SMALL, path, "--dtype", dtype)
+
+
+def llama_nb(path, config, threads, context):
+    import llama_nb
+    llm = llama_nb.load(path, engine="litert", threads=threads, context_length=context)
+
+    def reset():
+        llm.decoder.cached_ids = []
+    yield "", reset, llm.decoder.advance
+    return {"eight sequences at once": eight_at_once(llm.engine)}
+
+
+def eight_at_once(engine):
+    "Tokens a second of eight texts that grow together, over those of one."
+    from llama_nb.engine import Batch
+
+    def rate(count):
+        rng, batch = np.random.default_rng(0), Batch(engine, count, NEAR + NEW)
+        texts = {slot: rng.integers(100, engine.config.vocab_size, NEAR).tolist() for slot in range(count)}
+        batch.advance(texts)
+        seconds = []
+        for _ in range(NEW):
+            texts = {slot: [*ids, 100] for slot, ids in texts.items()}
+            seconds.append(timed(batch.advance, texts)[0])
+        return count / statistics.median(seconds)
+    return rate(8) / rate(1)
+
+
+# The contenders.
+
+@dataclasses.dataclass
+class Contender:
+    open: Callable              # (path, config, threads, context) yields sessions; may return other ratios by name
+    needs: str                  # a package
+    bits: float                 # that a weight takes, its share of the scales included
+    cache: int                  # bytes of a number in the cache of keys and values
+    make: Callable | None       # (path, config) writes the model
+
+
+CONTENDERS = {
+    "7B llama_nb int4": Contender(llama_nb, "ai-edge-litert", 4.5, 1, functools.partial(convert, dtype="int4")),
+    "7B llama_nb int8": Contender(llama_nb, "ai-edge-litert", 8, 1, functools.partial(convert, dtype="int8")),
+    "7B llama.cpp Q4_0": Contender(peers.llama_cpp, "llama-cpp-python", 4.5, 2, functools.partial(peers.write_gguf, kind="Q4_0")),
+    "7B llama.cpp Q8_0": Contender(peers.llama_cpp, "llama-cpp-python", 8.5, 2, functools.partial(peers.write_gguf, kind="Q8_0")),
+    "7B OpenVINO int4": Contender(peers.openvino, "openvino", 4.125, 1, functools.partial(peers.write_openvino, bits=4)),
+    "7B OpenVINO int8": Contender(peers.openvino, "openvino", 8, 1, functools.partial(peers.write_openvino, bits=8)),
+    "SmolLM2 llama_nb int4": Contender(llama_nb, "ai-edge-litert", 4.5, 1, functools.partial(convert_small, dtype="int4")),
+    "SmolLM2 llama_nb int8": Contender(llama_nb, "ai-edge-litert", 8, 1, functools.partial(convert_small, dtype="int8")),
+    "SmolLM2 llama.cpp Q4_1": Contender(peers.llama_cpp, "llama-cpp-python", 5, 2, None),
+    "7B transformers bfloat16": Contender(peers.transformers, "transformers", 16, 2, None),
+}
+
+
+def shape(name, layers):
+    if name.startswith("SmolLM2"):
+        return open_checkpoint(fetch(SMALL, progress=False)).config
+    return LlamaConfig.from_params(SIZES["7B"] | ({"n_layers": layers} if layers else {}), 32000)
+
+
+def bytes_per_token(contender, config, context):
+    "The matrices (of the embedding table one row only, unless it is the output too) and the cache."
+    weights = sum(np.prod(shape) for name, shape in config.tensor_shapes().items() if name != "tok_embeddings.weight" or config.tied)
+    return weights * contender.bits / 8 + 2 * config.n_layers * config.n_kv_heads * config.head_dim * context * contender.cache
+
+
+# One contender, in a process of its own.
+
+def work(name, path, threads, layers, repeats):
+    "Each figure's seconds, by setting; and what it took to get there."
+    config, figures = shape(name, layers), {figure: {} for figure in FIGURES}
+    ids = np.random.default_rng(0).integers(100, config.vocab_size, FAR).tolist()
+    sessions = CONTENDERS[name].open(Path(path), config, threads, CONTEXT)
+
+    def decode(given):
+        logits, seconds = advance(given), []
+        for _ in range(NEW):
+            given = given + [int(np.argmax(logits))]
+            elapsed, logits = timed(advance, given)
+            seconds.append(elapsed)
+        if not np.isfinite(logits).all():
+            raise RuntimeError("logits that are no numbers")
+        return seconds
+
+    def prefill():
+        reset()
+        return timed(advance, ids[:PROMPT])[0]
+
+    load, session = timed(next, sessions)
+    while True:
+        setting, reset, advance = session
+        reset()
+        advance(ids[:NEAR // 2])
+        for figure, seconds in zip(FIGURES, [decode(ids[:NEAR]), [prefill() for _ in range(repeats)], decode(ids)]):
+            figures[figure][setting] = seconds
+        try:
+            session = next(sessions)
+        except StopIteration as end:
+            return dict(load=load, peak=peak_memory(), figures=figures, ratios=end.value or {})
+
+
+def best(result, figure):
+    "Median seconds in the setting where they are least, and that setting."
+    return min((statistics.median(seconds), setting) for setting, seconds in result["figures"][figure].items())
+
+
+# One run.
+
+def say(*words):
+    print(datetime.datetime.now().strftime("%H:%M:%S"), *words, file=sys.stderr, flush=True)
+
+
+def place(name, arguments):
+    if not CONTENDERS[name].make:
+        return Path(fetch(SMALL, progress=False))
+    layers = f"-{arguments.layers}-layers" if arguments.layers else ""
+    return arguments.folder / (name.replace(" ", "-") + layers)
+
+
+def remove(path):
+    shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+def measure(name, arguments):
+    "Makes a contender's model, measures it, deletes it."
+    contender, path, made = CONTENDERS[name], place(name, arguments), None
+    partial = path.with_name(path.name + ".part")
+    try:
+        if contender.make and not path.exists():
+            say(name, "being made")
+            remove(partial)
+            made, _ = timed(contender.make, partial, shape(name, arguments.layers))
+            partial.rename(path)
+        speed, busy = bandwidth(arguments.threads), os.getloadavg()[0]
+        say(name, "being measured")
+        found = apart(__file__, dict(name=name, path=str(path), threads=arguments.threads, layers=arguments.layers, repeats=arguments.repeats))
+        return dict(contender=name, version=version(contender.needs), made=made, bandwidth=speed, busy=busy, **found)
+    finally:
+        remove(partial)
+        if made and not arguments.keep:
+            remove(path)
+
+
+def results(arguments):
+    "The last result of each contender on this machine, from the results file."
+    found, file = {}, arguments.folder / RESULTS
+    if file.exists():
+        for line in map(json.loads, file.read_text().splitlines()):
+            if all(line[key] == value for key, value in about(arguments).items()):
+                found[line["contender"]] = line
+    return {name: found[name] for name in CONTENDERS if name in found}
+
+
+def about(arguments):
+    model, flags = cpu()
+    return dict(cpu=model, flags=flags, threads=arguments.threads, layers=arguments.layers)
+
+
+def report(arguments):
+    "The results as lines to read."
+    found, (model, flags) = results(arguments), cpu()
+    if not found:
+        return
+    speed = max(result["bandwidth"] for result in found.values())
+    yield f"{model} ({' '.join(flags)}), {usable_cores()} cores, {arguments.threads} threads; read bandwidth up to {speed / 1e9:.1f} GB/s"
+    if arguments.layers:
+        yield f"a try: {arguments.layers} of 7B's 32 layers"
+    yield "tokens/s; of decoding, the share of the limit that the bandwidth sets"
+    yield f"\n{'':26}" + "".join(f"{figure:>18}" for figure in FIGURES) + f"{'GB a token':>12}{'load':>9}{'memory':>10}"
+    for name, result in found.items():
+        config, line = shape(name, arguments.layers), f"{name:26}"
+        for figure, tokens in FIGURES.items():
+            rate = tokens / best(result, figure)[0]
+            share = f" ({100 * rate * bytes_per_token(CONTENDERS[name], config, int(figure.split()[1])) / speed:.0f} %)" if tokens == 1 else ""
+            line += f"{f'{rate:.2f}{share}':>18}"
+        yield line + f"{bytes_per_token(CONTENDERS[name], config, NEAR) / 1e9:>12.2f}{result['load']:>7.1f} s{result['peak'] / 1e9:>7.1f} GB"
+    yield ""
+    for ours in filter(lambda name: " llama_nb " in name, found):
+        for peer in filter(lambda name: " llama_nb " not in name and name.split()[0] == ours.split()[0], found):
+            yield f"{ours} / {peer.split(maxsplit=1)[1]}: " + ", ".join(
+                f"{figure} ×{best(found[peer], figure)[0] / best(found[ours], figure)[0]:.2f}" for figure in FIGURES)
+        for label, ratio in found[ours].get("ratios", {}).items():
+            yield f"{ours}: {label} ×{ratio:.2f}"
+    for name, result in found.items():
+        settings = ", ".join(f"{figure}: {best(result, figure)[1]}" for figure in FIGURES)
+        yield (f"{name}: {result['date']}, {CONTENDERS[name].needs} {result['version']}, bandwidth {result['bandwidth'] / 1e9:.1f} GB/s and load average {result['busy']:.1f} before it; "
+               f"the best setting of each figure: {settings}")
+    for name, contender in CONTENDERS.items():
+        if missing([contender.needs]):
+            yield f"{name}: not compared, {contender.needs} not installed"
+
+
+def main():
+    if sys.argv[1:] == ["--worker"]:
+        return print(json.dumps(work(**json.loads(sys.stdin.read()))))
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("contenders", nargs="*", metavar="CONTENDER", help=f"all, unless named: {', '.join(CONTENDERS)}")
+    parser.add_argument("-t", "--threads", type=int, default=usable_cores())
+    parser.add_argument("--repeats", type=int, default=2, help="prompts to take the median of (default: %(default)s)")
+    parser.add_argument("--layers", type=int, help="fewer than 7B's 32, for a try")
+    parser.add_argument("--folder", type=Path, default=Path("build/bench"), help="for models and results (default: %(default)s)")
+    parser.add_argument("--keep", action="store_true", help="leave the models there")
+    parser.add_argument("--again", action="store_true", help="measure again what has a result")
+    parser.add_argument("--report", action="store_true", help="measure nothing")
+    arguments = parser.parse_args()
+    if unknown := set(arguments.contenders) - set(CONTENDERS):
+        parser.error(f"no contender {', '.join(unknown)}; there are {', '.join(CONTENDERS)}")
+    arguments.folder.mkdir(parents=True, exist_ok=True)
+    for name in [] if arguments.report else arguments.contenders or CONTENDERS:
+        if not missing([CONTENDERS[name].needs]) and (arguments.again or name not in results(arguments)):
+            try:
+                line = measure(name, arguments) | about(arguments) | dict(date=datetime.date.today().isoformat())
+            except (RuntimeError, OSError) as error:
+                say(name, "failed:", error)
+            else:
+                with (arguments.folder / RESULTS).open("a") as file:
+                    print(json.dumps(line), file=file)
+    print("\n".join(report(arguments)))
+
+
+if __name__ == "__main__":
+    main()
