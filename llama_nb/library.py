@@ -8,7 +8,7 @@ __all__ = ['BYTES', 'COMMANDS', 'find_model', 'is_converted', 'open_model', 'cac
            'run_chat', 'read_lines', 'run_info', 'run_synth', 'run_convert', 'main']
 
 # %% ../nbs/15_library.ipynb #c06d773a
-import argparse, collections, dataclasses, json, os, sys
+import argparse, collections, contextlib, dataclasses, json, os, sys
 from collections.abc import Iterable
 from pathlib import Path
 

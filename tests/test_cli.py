@@ -37,7 +37,7 @@ def empty_folder(tmp_path, monkeypatch):
 @pytest.fixture
 def one_load(monkeypatch, bard):
     "The command line with bard loaded already, so that a test takes no second load."
-    monkeypatch.setattr(library, "load", lambda name, **_: bard)
+    monkeypatch.setattr(library, "load", lambda name, *_, **__: bard)
 
 
 @pytest.fixture
@@ -239,14 +239,14 @@ def test_full_context_is_said(one_load, bard, capsys):
 
 
 def test_chat(smollm2, monkeypatch, capsys):
-    monkeypatch.setattr(library, "load", lambda name, **_: smollm2)
+    monkeypatch.setattr(library, "load", lambda name, *_, **__: smollm2)
     assert main(["chat", "-p", "What do bees eat?", "--system", "You are brief.", "-n", "8", "--temp", "0", "--json"]) == 0
     messages = [dict(role="system", content="You are brief."), dict(role="user", content="What do bees eat?")]
     assert json.loads(capsys.readouterr().out)["text"] == smollm2.chat(messages, max_new_tokens=8, temperature=0)
 
 
 def test_chat_line_by_line(smollm2, monkeypatch, capsys):
-    monkeypatch.setattr(library, "load", lambda name, **_: smollm2)
+    monkeypatch.setattr(library, "load", lambda name, *_, **__: smollm2)
     monkeypatch.setattr(sys, "stdin", io.StringIO("Hello!\nAnd what do they eat?\n\n"))
     monkeypatch.setattr(sys.stdin, "isatty", lambda: True, raising=False)
     assert main(["chat", "-n", "4", "--temp", "0"]) == 0
