@@ -1,0 +1,330 @@
+"The LiteRT engine: parity with the Keras model, conversion that resumes, caches that are never wrong, one line for each mistake."
+import dataclasses
+import json
+import multiprocessing
+import os
+import random
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import filelock
+import numpy as np
+import pytest
+
+import llama_nb
+from llama_nb import engine
+from llama_nb.checkpoint import CheckpointError, LlamaConfig, bard_folder, open_checkpoint, sha256, write_meta
+from llama_nb.engine import Batch, Engine, LiteRTLlama, PackedWeights, convert, guess, open_converted, open_dequantized, read_program
+from llama_nb.library import describe, find_model, load, main
+from llama_nb.model import build_model, load_weights
+from llama_nb.sampling import GenerationError
+from llama_nb.tokenizer import synth_tokenizer
+
+TINY = LlamaConfig(dim=64, n_layers=2, n_heads=4, n_kv_heads=2, hidden_dim=96, vocab_size=300, context_length=64)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cache(tmp_path_factory):
+    "Packed weights go to a folder of the tests' own; fetched files are found where they are."
+    folder = tmp_path_factory.mktemp("cache")
+    fetched = find_model("smollm2-135m-instruct")
+    (folder / fetched.name).symlink_to(fetched)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LLAMA_NB_CACHE", str(folder))
+        yield folder
+
+
+@pytest.fixture(scope="module", params=["int8", "int4"])
+def converted(request, tmp_path_factory):
+    return convert("bard" and bard_folder(), tmp_path_factory.mktemp("bard") / request.param, request.param)
+
+
+@pytest.fixture(scope="module")
+def llm(converted):
+    return load(converted)
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    folder, rng = tmp_path_factory.mktemp("tiny") / "source", np.random.default_rng(0)
+    shapes = TINY.tensor_shapes()
+    write_meta(folder, TINY, lambda name: rng.standard_normal(shapes[name]) * 0.05 + (len(shapes[name]) == 1), synth_tokenizer(TINY.vocab_size))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tiny(source, tmp_path_factory):
+    return convert(source, tmp_path_factory.mktemp("tiny") / "converted", "int4")
+
+
+@pytest.fixture
+def copy(tiny, tmp_path):
+    return Path(shutil.copytree(tiny, tmp_path / "copy"))
+
+
+def fingerprints(folder):
+    return {path.name: sha256(path) for path in sorted(folder.iterdir())}
+
+
+# Parity.
+
+def test_programs_hold_what_was_rounded(converted):
+    "The engine's files, read back, are near the checkpoint's function, and exactly what the manifest's dtype says."
+    weights = read_program(converted / "layers.0.tflite")
+    bits = 8 if converted.name == "int8" else 4
+    assert {name: weights[name].bits for name in ("wqkv", "wo", "w13", "w2")} == dict.fromkeys(("wqkv", "wo", "w13", "w2"), bits)
+    assert read_program(converted / "head.tflite")["output"].bits == 8
+
+
+def test_logits_equal_the_keras_model_of_the_same_weights(llm, converted):
+    "Products round their left side to 8 bits a token, and the cache is int8: within 8 % of the largest logit, and 98 % of first places."
+    oracle = load_weights(build_model(llm.config), open_dequantized(open_converted(converted)))
+    ids = llm.tokenizer.encode((Path(llama_nb.__file__).parent / "data" / "macbeth.txt").read_text())[:200]
+    expected, found = np.asarray(oracle(np.array([ids])))[0], llm.logits(ids)
+    assert np.abs(found - expected).max() <= 0.08 * np.abs(expected).max()
+    assert (found.argmax(-1) == expected.argmax(-1)).mean() >= 0.97
+
+
+def test_a_token_at_a_time_equals_all_at_once(llm):
+    ids = llm.tokenizer.encode("My lord, the king of France is come to see the play that we have made for him, and so are we.")
+    together = llm.logits(ids)
+    for _ in range(2):
+        llm.decoder.cached_ids = []
+        alone = np.array([llm.decoder.advance(ids[:end]) for end in range(1, len(ids) + 1)])
+        assert np.abs(alone - together).max() <= 1e-3
+
+
+def test_300_positions_of_smollm2(cache, tmp_path_factory):
+    "Token by token, the cache in place, against the Keras model of the same weights."
+    folder = convert(find_model("smollm2-135m-instruct"), tmp_path_factory.mktemp("smollm2") / "int8", "int8")
+    llm, text = load(folder), (Path(llama_nb.__file__).parent / "data" / "macbeth.txt").read_text()
+    ids = llm.tokenizer.encode(text)[:300]
+    found = np.array([llm.decoder.advance(ids[:end]) for end in range(1, 301)])
+    oracle = load_weights(build_model(llm.config), open_dequantized(open_converted(folder)))
+    expected = np.asarray(oracle(np.array([ids])))[0]
+    assert np.abs(found - expected).max() <= 5.0
+    assert np.median(np.abs(found - expected).max(axis=-1)) <= 1.5
+    assert (found.argmax(-1) == expected.argmax(-1)).mean() >= 0.9
+
+
+# What the object does is the same.
+
+def test_the_same_object(llm, converted):
+    assert isinstance(llm, LiteRTLlama) and llm.model is None and llm.path == converted
+    assert llm.config == dataclasses.replace(open_checkpoint(bard_folder(), 2048).config)
+    assert llm.generate("My lord,", max_new_tokens=8, seed=3) == llm.generate("My lord,", max_new_tokens=8, seed=3)
+    stream = llm.stream("My lord,", max_new_tokens=300, temperature=0)
+    "".join(stream)
+    assert stream.finish_reason == "context" and len(stream.prompt_ids) + len(stream.new_ids) == 256
+
+
+def test_several_texts_together(llm):
+    prompts = ["My lord,", "The queen", "What", "O", "Enter MACBETH and", "No more", "And", "How now", "Good night,"]
+    for sampling in (dict(temperature=0), dict(temperature=0.9, seed=2, stop="\n")):
+        assert llm.generate(prompts, max_new_tokens=12, **sampling) == [llm.generate(prompt, max_new_tokens=12, **sampling) for prompt in prompts]
+
+
+def test_a_batch_knows_what_it_has(llm):
+    batch, ids = Batch(llm.engine, 2, 64), llm.tokenizer.encode("The queen is come to see the play")
+    batch.advance({0: ids[:4], 1: ids[:6]})
+    rows = batch.advance({0: ids, 1: ids[:3] + ids[5:]})
+    assert np.abs(rows[0] - llm.logits(ids)[-1]).max() <= 1e-3
+    assert np.abs(rows[1] - llm.logits(ids[:3] + ids[5:])[-1]).max() <= 1e-3
+
+
+@pytest.mark.parametrize("count", [1, 7, 40])
+def test_guesses_change_nothing(llm, count):
+    for prompt in ("My lord, my lord, my lord, my lord,", "The queen"):
+        for sampling in (dict(temperature=0), dict(temperature=0.7, seed=5)):
+            plain = llm.generate(prompt, max_new_tokens=100, **sampling)
+            assert llm.generate(prompt, max_new_tokens=100, prompt_lookup_num_tokens=count, **sampling) == plain
+
+
+def test_guess():
+    assert guess([1, 2, 3, 4, 1, 2, 3], 2) == [4, 1] and guess([1, 2, 3, 9, 2, 3], 5) == [9, 2, 3]
+    assert guess([1, 2, 3, 4], 3) == [] and guess([5], 3) == []
+
+
+def test_texts_take_turns(llm):
+    one, other = (llm.tokenizer.encode(text) for text in ("My lord, the king", "My lord, the queen is"))
+    expected = llm.logits(one)[-1], llm.logits(other)[-1]
+    for _ in range(2):
+        assert np.abs(llm.decoder.advance(one) - expected[0]).max() <= 1e-3
+        assert np.abs(llm.decoder.advance(other) - expected[1]).max() <= 1e-3
+
+
+# Conversion.
+
+def test_two_conversions_are_alike(source, tiny, tmp_path):
+    assert fingerprints(convert(source, tmp_path / "again", "int4")) == fingerprints(tiny)
+
+
+def test_killed_at_any_moment_it_resumes(source, tiny, tmp_path):
+    "SIGKILL at 20 random moments; the same call then goes on, and the result is byte-identical."
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tensorflow", "llama_nb.engine", "llama_nb.rope"])
+    expected, moments = fingerprints(tiny), random.Random(0)
+    begin = time.perf_counter()
+    whole = context.Process(target=convert, args=(source, tmp_path / "whole", "int4"))
+    whole.start(), whole.join()
+    begin = time.perf_counter()
+    whole = context.Process(target=convert, args=(source, tmp_path / "timed", "int4"))
+    whole.start(), whole.join()
+    duration, killed = time.perf_counter() - begin, 0
+    for attempt in range(20):
+        folder = tmp_path / str(attempt)
+        process = context.Process(target=convert, args=(source, folder, "int4"))
+        process.start()
+        process.join(moments.uniform(0, duration))
+        process.kill()
+        process.join()
+        killed += process.exitcode == -signal.SIGKILL
+        if not (folder / "manifest.json").exists() or (folder / "unfinished.json").exists():
+            convert(source, folder, "int4")
+        assert fingerprints(folder) == expected
+    assert killed >= 10
+
+
+def refuses(error, message, function, *arguments, **named):
+    with pytest.raises(error) as caught:
+        function(*arguments, **named)
+    assert message in str(caught.value) and "\n" not in str(caught.value), str(caught.value)
+
+
+def test_targets_that_cannot_be(source, tiny, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "mine").write_text("mine")
+    refuses(CheckpointError, "holds a converted model already", convert, source, tiny, "int4")
+    refuses(CheckpointError, "cannot be written", convert, source, tmp_path / "file", "int4")
+    refuses(CheckpointError, "an empty or new folder was expected, found mine", convert, source, tmp_path / "full", "int4")
+    assert os.listdir(tmp_path / "full") == ["mine"] and (tmp_path / "file").read_text() == "mine"
+    with monkeypatch.context() as patch:
+        patch.setattr(engine.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 9, 1))
+        refuses(CheckpointError, "GB of disk are needed", convert, source, tmp_path / "no room", "int4")
+    assert not (tmp_path / "no room").exists()
+    refuses(GenerationError, "dtype should be int8 or int4", convert, source, tmp_path / "new", "int3")
+    with pytest.raises((CheckpointError, ValueError)):
+        convert(tmp_path / "nowhere", tmp_path / "new", "int4")
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_disk_that_fills_up_loses_nothing(source, tiny, tmp_path, monkeypatch):
+    write, calls = engine.write_program, []
+
+    def full(path, *arguments):
+        calls.append(path)
+        if len(calls) == 2:
+            raise OSError(28, "No space left on device")
+        return write(path, *arguments)
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "write_program", full)
+        refuses(CheckpointError, "No space left on device", convert, source, tmp_path / "it", "int4")
+    assert (tmp_path / "it" / "layers.0.tflite").exists() and not (tmp_path / "it" / "layers.1.tflite").exists()
+    refuses(CheckpointError, "the conversion is not finished", load, tmp_path / "it")
+    refuses(CheckpointError, "an unfinished conversion of something else", convert, source, tmp_path / "it", "int8")
+    assert fingerprints(convert(source, tmp_path / "it", "int4")) == fingerprints(tiny)
+
+
+def test_one_conversion_at_a_time(source, tmp_path):
+    (tmp_path / "it").mkdir()
+    with filelock.FileLock(tmp_path / "it" / ".lock"):
+        refuses(CheckpointError, "another conversion is at work there", convert, source, tmp_path / "it", "int4")
+
+
+# Damaged models.
+
+def rewrite(folder, **changes):
+    content = json.loads((folder / "manifest.json").read_text()) | changes
+    (folder / "manifest.json").write_text(json.dumps(content))
+
+
+def test_damaged_models(copy, tiny, converted):
+    rewrite(copy, dtype="int8")
+    refuses(CheckpointError, "changed by hand", load, copy)
+    rewrite(copy, format=99)
+    refuses(CheckpointError, "format 99 is newer", load, copy)
+    (copy / "manifest.json").write_text("{")
+    refuses(CheckpointError, "not a manifest", load, copy)
+    shutil.copy(tiny / "manifest.json", copy)
+    (copy / "layers.1.tflite").rename(copy / "kept")
+    refuses(CheckpointError, "layers.1.tflite: no such file", load, copy)
+    (copy / "layers.1.tflite").write_bytes((copy / "kept").read_bytes()[:-100])
+    refuses(CheckpointError, "bytes were expected", load, copy)
+    (copy / "kept").rename(copy / "layers.1.tflite")
+    load(copy)
+
+
+def test_blocks_that_changed_places(copy):
+    load(copy)
+    (copy / "layers.0.tflite").rename(copy / "kept")
+    (copy / "layers.1.tflite").rename(copy / "layers.0.tflite")
+    (copy / "kept").rename(copy / "layers.1.tflite")
+    refuses(CheckpointError, "layers.0.tflite: not the file that the manifest lists", load, copy)
+
+
+def test_a_byte_that_changed(copy):
+    data = bytearray((copy / "head.tflite").read_bytes())
+    data[-1000] ^= 1
+    (copy / "head.tflite").write_bytes(data)
+    refuses(CheckpointError, "head.tflite: not the file that the manifest lists", load, copy)
+
+
+# Packed weights.
+
+def packed(model):
+    return PackedWeights(open_converted(model))
+
+
+def test_packed_weights_are_made_once(copy, monkeypatch):
+    ids = [1, 70, 80, 90]
+    expected, weights = load(copy).logits(ids), packed(copy)
+    assert weights.is_valid()
+    before = weights.record()
+    assert np.array_equal(load(copy).logits(ids), expected) and packed(copy).record() == before
+    file = weights.file("layers.0.tflite")
+    file.write_bytes(file.read_bytes()[:-50])
+    assert not weights.is_valid()
+    assert np.array_equal(load(copy).logits(ids), expected) and packed(copy).is_valid()
+    old = weights.folder
+    monkeypatch.setattr(engine, "machine", lambda: dict(cpu="another"))
+    assert np.array_equal(load(copy).logits(ids), expected)
+    assert packed(copy).folder != old and not old.exists()
+
+
+def test_a_cache_folder_that_cannot_be(copy, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("LLAMA_NB_CACHE", str(tmp_path / "file"))
+    refuses(CheckpointError, "LLAMA_NB_CACHE may name another folder", load, copy)
+
+
+# Arguments.
+
+def test_arguments(tiny, source, monkeypatch, capsys):
+    cores = os.cpu_count()
+    for threads in (0, -1, cores + 1, 1.5, True):
+        refuses(GenerationError, f"from 1 to {cores}", load, tiny, threads=threads)
+    refuses(GenerationError, "takes the model that it was made of", load, tiny, engine="keras")
+    refuses(GenerationError, "llama-nb convert makes one", load, source, engine="litert")
+    refuses(GenerationError, "dtype should be int4", load, tiny, dtype="int8")
+    refuses(GenerationError, "context_length should be 2 to 64", load, tiny, context_length=65)
+    refuses(GenerationError, "prompt_lookup_num_tokens should be", load(tiny).generate, "a", prompt_lookup_num_tokens=-1)
+    monkeypatch.setattr(engine, "available_memory", lambda: 400_000)
+    refuses(GenerationError, "a context of", load, tiny)
+    monkeypatch.setattr(engine, "available_memory", lambda: 1000)
+    refuses(GenerationError, "no context would fit", load, tiny)
+    assert main(["generate", "-m", str(tiny), "-p", "a", "-n", "1"]) == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_command_line(source, tmp_path, capsys):
+    assert main(["convert", str(source), str(tmp_path / "it"), "--dtype", "int4", "--json"]) == 0
+    about = json.loads(capsys.readouterr().out)
+    assert about["engine"] == "litert" and about["dtype"] == "int4" and about == describe(tmp_path / "it")
+    assert main(["info", str(tmp_path / "it"), "-c", "32"]) == 0 and "cache for 32 tokens" in capsys.readouterr().out
+    assert main(["generate", "-m", str(tmp_path / "it"), "-p", "a", "-n", "2", "--temp", "0", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["new_tokens"] == 2
+    assert main(["convert", str(source), str(tmp_path / "it"), "--dtype", "int4"]) == 2
+    assert main(["convert", str(tmp_path / "nowhere"), str(tmp_path / "new")]) == 2 and not (tmp_path / "new").exists()
