@@ -7,8 +7,8 @@
     python bench/cpu_7b.py --report               # the figures measured so far
 
 Each contender's model is made, measured in a process of its own, and deleted, one after another (one that is there already is used and kept). Each result
-is a line of build/bench/cpu_7b.jsonl, so a run that was stopped goes on where it was. The read bandwidth is measured before each contender: decoding reads every
-weight and the cache of keys and values once for each token, so that bandwidth / bytes is the limit.
+is a line of build/bench/cpu_7b.jsonl, so a run that was stopped goes on where it was. The read bandwidth is measured before and after each contender:
+decoding reads every weight and the cache of keys and values once for each token, so that bandwidth / bytes is the limit.
 """
 import argparse
 import dataclasses
@@ -104,7 +104,7 @@ CONTENDERS = {
     "7B OpenVINO int8": Contender(peers.openvino, "openvino", 8, 1, functools.partial(peers.write_openvino, bits=8)),
     "SmolLM2 llama_nb int4": Contender(llama_nb, "ai-edge-litert", 4.5, 1, functools.partial(convert_small, dtype="int4")),
     "SmolLM2 llama_nb int8": Contender(llama_nb, "ai-edge-litert", 8, 1, functools.partial(convert_small, dtype="int8")),
-    "SmolLM2 llama.cpp Q4_1": Contender(peers.llama_cpp, "llama-cpp-python", 5, 2, None),
+    "SmolLM2 llama.cpp Q4_1": Contender(peers.llama_cpp, "llama-cpp-python", 5.74, 2, None),
     "7B transformers bfloat16": Contender(peers.transformers, "transformers", 16, 2, None),
 }
 
@@ -121,11 +121,15 @@ def bytes_per_token(contender, config, context):
     return weights * contender.bits / 8 + 2 * config.n_layers * config.n_kv_heads * config.head_dim * context * contender.cache
 
 
-# One contender, in a process of its own.
+# One contender: its model, and its times, each in a process of its own.
 
-def work(name, path, threads, layers, repeats):
+def make(name, path, threads, layers):
+    CONTENDERS[name].make(Path(path), shape(name, layers))
+
+
+def measure_times(name, path, threads, layers, repeats, near):
     "Each figure's seconds, by setting; and what it took to get there."
-    config, figures = shape(name, layers), {figure: {} for figure in FIGURES}
+    config, figures = shape(name, layers), {figure: {} for figure in list(FIGURES)[:2 if near else 3]}
     ids = np.random.default_rng(0).integers(100, config.vocab_size, FAR).tolist()
     sessions = CONTENDERS[name].open(Path(path), config, threads, CONTEXT)
 
@@ -148,8 +152,9 @@ def work(name, path, threads, layers, repeats):
         setting, reset, advance = session
         reset()
         advance(ids[:NEAR // 2])
-        for figure, seconds in zip(FIGURES, [decode(ids[:NEAR]), [prefill() for _ in range(repeats)], decode(ids)]):
-            figures[figure][setting] = seconds
+        measures = [lambda: decode(ids[:NEAR]), lambda: [prefill() for _ in range(repeats)], lambda: decode(ids)]
+        for figure, seconds in zip(figures, measures):
+            figures[figure][setting] = seconds()
         try:
             session = next(sessions)
         except StopIteration as end:
@@ -181,16 +186,18 @@ def remove(path):
 def measure(name, arguments):
     "Makes a contender's model, measures it, deletes it."
     contender, path, made = CONTENDERS[name], place(name, arguments), None
+    call = dict(name=name, path=str(path), threads=arguments.threads, layers=arguments.layers)
     partial = path.with_name(path.name + ".part")
     try:
         if contender.make and not path.exists():
             say(name, "being made")
             remove(partial)
-            made, _ = timed(contender.make, partial, shape(name, arguments.layers))
+            made, _ = timed(apart, __file__, call | dict(work="make", path=str(partial)))
             partial.rename(path)
         speed, busy = bandwidth(arguments.threads), os.getloadavg()[0]
         say(name, "being measured")
-        found = apart(__file__, dict(name=name, path=str(path), threads=arguments.threads, layers=arguments.layers, repeats=arguments.repeats))
+        found = apart(__file__, call | dict(work="measure", repeats=arguments.repeats, near=arguments.near))
+        speed = max(speed, bandwidth(arguments.threads))
         return dict(contender=name, version=version(contender.needs), made=made, bandwidth=speed, busy=busy, **found)
     finally:
         remove(partial)
@@ -227,19 +234,22 @@ def report(arguments):
     for name, result in found.items():
         config, line = shape(name, arguments.layers), f"{name:26}"
         for figure, tokens in FIGURES.items():
-            rate = tokens / best(result, figure)[0]
-            share = f" ({100 * rate * bytes_per_token(CONTENDERS[name], config, int(figure.split()[1])) / speed:.0f} %)" if tokens == 1 else ""
-            line += f"{f'{rate:.2f}{share}':>18}"
+            cell = "–"
+            if figure in result["figures"]:
+                rate = tokens / best(result, figure)[0]
+                cell = f"{rate:.2f}" + (f" ({100 * rate * bytes_per_token(CONTENDERS[name], config, int(figure.split()[1])) / speed:.0f} %)" if tokens == 1 else "")
+            line += f"{cell:>18}"
         yield line + f"{bytes_per_token(CONTENDERS[name], config, NEAR) / 1e9:>12.2f}{result['load']:>7.1f} s{result['peak'] / 1e9:>7.1f} GB"
     yield ""
     for ours in filter(lambda name: " llama_nb " in name, found):
         for peer in filter(lambda name: " llama_nb " not in name and name.split()[0] == ours.split()[0], found):
             yield f"{ours} / {peer.split(maxsplit=1)[1]}: " + ", ".join(
-                f"{figure} ×{best(found[peer], figure)[0] / best(found[ours], figure)[0]:.2f}" for figure in FIGURES)
+                f"{figure} ×{best(found[peer], figure)[0] / best(found[ours], figure)[0]:.2f}"
+                for figure in FIGURES if figure in found[peer]["figures"] and figure in found[ours]["figures"])
         for label, ratio in found[ours].get("ratios", {}).items():
             yield f"{ours}: {label} ×{ratio:.2f}"
     for name, result in found.items():
-        settings = ", ".join(f"{figure}: {best(result, figure)[1]}" for figure in FIGURES)
+        settings = ", ".join(f"{figure}: {best(result, figure)[1]}" for figure in result["figures"])
         yield (f"{name}: {result['date']}, {CONTENDERS[name].needs} {result['version']}, bandwidth {result['bandwidth'] / 1e9:.1f} GB/s and load average {result['busy']:.1f} before it; "
                f"the best setting of each figure: {settings}")
     for name, contender in CONTENDERS.items():
@@ -249,11 +259,13 @@ def report(arguments):
 
 def main():
     if sys.argv[1:] == ["--worker"]:
-        return print(json.dumps(work(**json.loads(sys.stdin.read()))))
+        call = json.loads(sys.stdin.read())
+        return print(json.dumps({"make": make, "measure": measure_times}[call.pop("work")](**call)))
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("contenders", nargs="*", metavar="CONTENDER", help=f"all, unless named: {', '.join(CONTENDERS)}")
     parser.add_argument("-t", "--threads", type=int, default=usable_cores())
     parser.add_argument("--repeats", type=int, default=2, help="prompts to take the median of (default: %(default)s)")
+    parser.add_argument("--near", action="store_true", help=f"leave out decoding after {FAR:,} tokens, which takes most of the time")
     parser.add_argument("--layers", type=int, help="fewer than 7B's 32, for a try")
     parser.add_argument("--folder", type=Path, default=Path("build/bench"), help="for models and results (default: %(default)s)")
     parser.add_argument("--keep", action="store_true", help="leave the models there")
