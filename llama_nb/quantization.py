@@ -6,7 +6,7 @@ __all__ = ['CALIBRATION', 'SHRINKS', 'BLOCK', 'in_blocks', 'Quantized', 'round_t
            'quantize_tensor', 'rounded', 'quantized', 'log_softmax', 'perplexity', 'divergence', 'agreement',
            'held_out_text']
 
-# %% ../nbs/10_quantization.ipynb #b9835b5e
+# %% ../nbs/10_quantization.ipynb #6e7700a7
 import dataclasses, importlib.resources, math
 from operator import attrgetter
 
@@ -18,17 +18,17 @@ from .checkpoint import Checkpoint, LazyTensor
 from .embedding import listening
 from .model import BLOCK_PARTS, make_layers
 
-# %% ../nbs/10_quantization.ipynb #5d5e62ce
+# %% ../nbs/10_quantization.ipynb #7ef2a871
 def in_blocks(matrix: np.ndarray, block: int) -> np.ndarray:
-    "(rows, width) cut into float32 (rows, count, block), with zeros after the last number of a row."
+    "(rows, width) cut into float32 (rows, count, block), zeros after a row's last number."
     padding = (0, 0), (0, -matrix.shape[1] % block)
     return np.pad(np.asarray(matrix, np.float32), padding).reshape(len(matrix), -1, block)
 
-# %% ../nbs/10_quantization.ipynb #2106d5a3
+# %% ../nbs/10_quantization.ipynb #2ddc0303
 @dataclasses.dataclass(frozen=True)
 class Quantized:
-    """A matrix (out, in): whole numbers `values`, int8, times float32 `scales`, (out, blocks), one
-    for each `block` numbers of a row, the last of which may be fewer."""
+    """A matrix (out, in): whole numbers `values`, int8, times float32 `scales`, (out, blocks),
+    one for each `block` numbers of a row, the last of which may be fewer."""
     values: np.ndarray
     scales: np.ndarray
     bits: int
@@ -41,13 +41,14 @@ class Quantized:
 
     @property
     def nbytes(self) -> int:
-        "Bytes when stored: packed values, and scales of 4 bytes for 8-bit values, of 2 for 4-bit."
-        return -(-self.values.size * self.bits // 8) + self.scales.size * (4 if self.bits == 8 else 2)
+        "Bytes when stored: packed values, and scales of 4 bytes (8 bits) or 2 (4 bits)."
+        scale_bytes = {8: 4, 4: 2}[self.bits]
+        return -(-self.values.size * self.bits // 8) + self.scales.size * scale_bytes
 
     @property
     def bits_per_weight(self) -> float: return 8 * self.nbytes / self.values.size
 
-# %% ../nbs/10_quantization.ipynb #02b35f0c
+# %% ../nbs/10_quantization.ipynb #8fa19e84
 def round_to(blocks: np.ndarray, scales: np.ndarray, bits: int) -> np.ndarray:
     "Blocks (rows, count, block) in units of their scales (rows, count): -127..127, or -8..7."
     values = blocks / scales[..., None]
@@ -59,24 +60,28 @@ def absmax_scales(blocks: np.ndarray, bits: int) -> np.ndarray:
     largest = np.maximum(blocks.max(axis=-1), -blocks.min(axis=-1))
     return np.maximum(largest, np.float32(1e-9)) / np.float32({8: 127, 4: 7}[bits])
 
-# %% ../nbs/10_quantization.ipynb #f25fb45a
+# %% ../nbs/10_quantization.ipynb #3efa92ab
 def storable(scales: np.ndarray) -> np.ndarray:
-    "The nearest scales that bfloat16 and float16 both hold, from float16's smallest normal number up."
+    "The nearest scales that bfloat16 and float16 both hold as normal numbers."
     return np.clip(scales.astype(ml_dtypes.bfloat16).astype(np.float32), 2.0**-14, 65280)
 
-# %% ../nbs/10_quantization.ipynb #6a0bb13e
-CALIBRATION = """The best way to attract bees to a garden is to plant what they like, and to let some of it
-grow wild. Lavender, thyme and borage are good; so is clover, if you can bear it in the lawn. In a town of
-40,000 people, 112 species were counted in 2019. "Why so many?" she asked. He laughed: "Because nobody
-sprays here." To see for yourself, sit still for ten minutes on a warm day in June and write down what
-comes. for bee in garden: count[bee.name] += 1. The first result may surprise you. Most of them will not be
-honey bees at all, but small solitary ones, which nest in the ground or in old walls, and do not sting."""
+# %% ../nbs/10_quantization.ipynb #062aec0b
+CALIBRATION = """The best way to attract bees to a garden is to plant what they
+like, and to let some of it grow wild. Lavender, thyme and borage are good; so is
+clover, if you can bear it in the lawn. In a town of 40,000 people, 112 species were
+counted in 2019. "Why so many?" she asked. He laughed: "Because nobody sprays here."
+To see for yourself, sit still for ten minutes on a warm day in June and write down
+what comes. for bee in garden: count[bee.name] += 1. The first result may surprise
+you. Most of them will not be honey bees at all, but small solitary ones, which nest
+in the ground or in old walls, and do not sting."""
 
-# %% ../nbs/10_quantization.ipynb #e98fb52e
+# %% ../nbs/10_quantization.ipynb #71b27f9c
 def block_inputs(block, x):
-    "What each matrix of a block is multiplied with, (batch, seq, in) by name, and the block's output."
+    "What each matrix of a block is multiplied with, by name, and the block's output."
     heard = {}
-    with listening(lambda name, value: heard.setdefault(name.removeprefix(f"{block.name}."), value)):
+    def listen(name, value):
+        return heard.setdefault(name.removeprefix(f"{block.name}."), value)
+    with listening(listen):
         output = block(x)
     attended = merge_heads(mix_values(heard["attention.weights"], heard["attention.v"]))
     hidden = heard["feed_forward.gate"] * block.feed_forward.w3(heard["ffn_norm"])
@@ -85,32 +90,35 @@ def block_inputs(block, x):
     return inputs | {"attention.wo": attended, "feed_forward.w2": hidden}, output
 
 def watch_blocks(checkpoint: Checkpoint, ids):
-    "Sends ids through the model, block by block; yields each matrix's name and its inputs (seq, in)."
+    "Sends ids through the blocks, one by one: yields each matrix's name and inputs (seq, in)."
     config = dataclasses.replace(checkpoint.config, n_layers=1, vocab_size=1, tied=True)
     block = make_layers(config)["layers.0"]
     block.build((None, None, config.dim))
-    x = np.asarray(checkpoint["tok_embeddings.weight"].read()[np.array([ids])], np.float32)
+    table = checkpoint["tok_embeddings.weight"].read()
+    x = np.asarray(table[np.array([ids])], np.float32)
     for layer in (f"layers.{index}" for index in range(checkpoint.config.n_layers)):
         for part in BLOCK_PARTS:
-            attrgetter(part)(block).weights[0].assign(checkpoint.read(f"{layer}.{part}.weight").T)
+            values = checkpoint.read(f"{layer}.{part}.weight")
+            attrgetter(part)(block).weights[0].assign(values.T)
         inputs, x = block_inputs(block, x)
         for part, values in inputs.items():
             yield f"{layer}.{part}.weight", np.asarray(values)[0]
 
-# %% ../nbs/10_quantization.ipynb #33f3e5ec
+# %% ../nbs/10_quantization.ipynb #ecc51b12
 def measure_importance(checkpoint: Checkpoint, tokenizer=None) -> dict[str, np.ndarray]:
-    """The mean square of each input, (in,), of each matrix in the blocks, while the model reads
-    `CALIBRATION`; without a tokenizer, random tokens."""
+    """The mean square of each input, (in,), of each matrix in the blocks, by its name, while
+    the model reads `CALIBRATION`, or random tokens if there is no tokenizer."""
     ids = np.random.default_rng(0).integers(checkpoint.config.vocab_size, size=128)
     if tokenizer is not None: ids = tokenizer.encode(CALIBRATION)
     watched = watch_blocks(checkpoint, ids[:checkpoint.config.context_length])
     return {name: np.square(inputs).mean(axis=0) for name, inputs in watched}
 
-# %% ../nbs/10_quantization.ipynb #6ce2e18f
+# %% ../nbs/10_quantization.ipynb #0342e5dc
 SHRINKS = tuple(np.float32(20 - step) / 20 for step in range(9))
 
-def fit_scales(blocks: np.ndarray, scales: np.ndarray, bits: int, importance: np.ndarray) -> np.ndarray:
-    "Of scales shrunk by `SHRINKS`, then fitted: those of the least squared error, weighted by `importance`."
+def fit_scales(blocks: np.ndarray, scales: np.ndarray, bits: int,
+               importance: np.ndarray) -> np.ndarray:
+    "Of scales shrunk by `SHRINKS`, then fitted, those of the least squared error, weighted."
     weighted, gains = blocks * importance, np.zeros_like(scales)
     for candidates in [shrink * scales for shrink in SHRINKS]:
         values = round_to(blocks, candidates, bits)
@@ -122,15 +130,17 @@ def fit_scales(blocks: np.ndarray, scales: np.ndarray, bits: int, importance: np
         gains = np.maximum(gain, gains)
     return scales
 
-# %% ../nbs/10_quantization.ipynb #bf1f1c1e
-def quantize(matrix: np.ndarray, bits: int = 8, block: int | None = None, importance=None) -> Quantized:
-    """Rounds a matrix (out, in) to 8 or 4 bits, with a scale for each row or for each `block` numbers
-    of a row, at which the largest number fits. With `importance`, (in,) or one number for all:
-    scales of the least squared error, so weighted."""
+# %% ../nbs/10_quantization.ipynb #1e786413
+def quantize(matrix: np.ndarray, bits: int = 8, block: int | None = None,
+             importance=None) -> Quantized:
+    """Rounds a matrix (out, in) to 8 or 4 bits, with a scale for each row or for each `block`
+    numbers of a row, at which the largest number fits. With `importance`, (in,) or one number
+    for all: scales of the least squared error, so weighted."""
     size = block or matrix.shape[1]
     if importance is not None:
         importance = np.broadcast_to(importance, matrix.shape[1:])
-        importance = in_blocks(importance[None] / max(importance.mean(), 1e-30) + 1e-6, size)[0]
+        importance = importance[None] / max(importance.mean(), 1e-30) + 1e-6
+        importance = in_blocks(importance, size)[0]
     def quantize_rows(rows):
         blocks = in_blocks(rows, size)
         scales = absmax_scales(blocks, bits)
@@ -139,11 +149,11 @@ def quantize(matrix: np.ndarray, bits: int = 8, block: int | None = None, import
         values = round_to(blocks, scales, bits).astype(np.int8)
         return values.reshape(len(rows), -1)[:, :matrix.shape[1]], scales
     step = max(1, 2**17 // matrix.shape[1])
-    parts = [quantize_rows(matrix[start:start + step]) for start in range(0, len(matrix), step)]
+    parts = [quantize_rows(matrix[at:at + step]) for at in range(0, len(matrix), step)]
     values, scales = (np.concatenate(part) for part in zip(*parts))
     return Quantized(values, scales, bits, size)
 
-# %% ../nbs/10_quantization.ipynb #100c8ea9
+# %% ../nbs/10_quantization.ipynb #6d062ecb
 def pack_int4(values: np.ndarray) -> np.ndarray:
     "Numbers of -8..7 in row order, two to the byte, the first in the lower half: uint8."
     halves = np.pad(values.reshape(-1), (0, values.size % 2)).astype(np.uint8) & 15
@@ -154,12 +164,13 @@ def unpack_int4(packed: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
     halves = np.stack([packed << 4, packed], axis=-1).view(np.int8) >> 4
     return halves.reshape(-1)[:math.prod(shape)].reshape(shape)
 
-# %% ../nbs/10_quantization.ipynb #264956a6
+# %% ../nbs/10_quantization.ipynb #adfdf39a
 BLOCK = 64
 
-def quantize_tensor(name: str, values: np.ndarray, dtype: str, importance=None) -> Quantized | np.ndarray:
-    """What "int8" or "int4" makes of a checkpoint's tensor. Norms stay float32; the embedding table and
-    the output head have 8 bits either way. `importance`: of a matrix's inputs, where it is known."""
+def quantize_tensor(name: str, values: np.ndarray, dtype: str,
+                    importance=None) -> Quantized | np.ndarray:
+    """What "int8" or "int4" makes of a checkpoint's tensor: norms stay float32, the embedding
+    table and the head have 8 bits either way. `importance`: of a matrix's inputs, if known."""
     if dtype not in ("int8", "int4"):
         raise ValueError(f"dtype should be int8 or int4, found {dtype!r}")
     if values.ndim == 1:
@@ -168,23 +179,23 @@ def quantize_tensor(name: str, values: np.ndarray, dtype: str, importance=None) 
         return quantize(values, bits=8, importance=importance)
     return quantize(values, bits=4, block=BLOCK, importance=importance)
 
-# %% ../nbs/10_quantization.ipynb #639641c3
+# %% ../nbs/10_quantization.ipynb #1e4e50a4
 def rounded(checkpoint: Checkpoint, change) -> Checkpoint:
-    "The checkpoint with `change(name, values)` in the place of each tensor's values, when it is read."
+    "The checkpoint with `change(name, values)` in the place of each tensor's values."
     def tensor(name, stored):
         def read(): return np.asarray(change(name, checkpoint.read(name)), np.float32)
         return LazyTensor(stored.shape, np.dtype(np.float32), "rounded", read)
     tensors = {name: tensor(name, stored) for name, stored in checkpoint.items()}
     return Checkpoint(checkpoint.path, checkpoint.config, tensors)
 
-def quantized(checkpoint: Checkpoint, dtype: str, importance: dict[str, np.ndarray] = {}) -> Checkpoint:
-    "The checkpoint as `quantize_tensor` leaves it, in float32: the numbers that an engine multiplies by."
+def quantized(checkpoint: Checkpoint, dtype: str, importance: dict = {}) -> Checkpoint:
+    "The checkpoint as `quantize_tensor` leaves it, in float32: the engine's own numbers."
     def change(name, values):
         result = quantize_tensor(name, values, dtype, importance.get(name))
         return result.dequantize() if isinstance(result, Quantized) else result
     return rounded(checkpoint, change)
 
-# %% ../nbs/10_quantization.ipynb #5d4f8b0d
+# %% ../nbs/10_quantization.ipynb #41f090ca
 def log_softmax(logits: np.ndarray) -> np.ndarray:
     "Logits (..., vocab) to the logarithms of their probabilities."
     shifted = logits - logits.max(axis=-1, keepdims=True)
@@ -192,12 +203,13 @@ def log_softmax(logits: np.ndarray) -> np.ndarray:
     return shifted
 
 def perplexity(logits: np.ndarray, ids: np.ndarray) -> float:
-    "Of logits (batch, seq, vocab) about the ids (batch, seq) that they were computed from, each about the next."
-    surprise = [log_softmax(places[:-1])[np.arange(len(row) - 1), row[1:]] for places, row in zip(logits, ids)]
-    return float(np.exp(-np.mean(surprise, dtype=np.float64)))
+    "Of logits (batch, seq, vocab) computed from ids (batch, seq), each about the next id."
+    def chances(logits, ids): return log_softmax(logits[:-1])[np.arange(len(ids) - 1), ids[1:]]
+    found = [chances(*row) for row in zip(logits, ids)]
+    return float(np.exp(-np.mean(found, dtype=np.float64)))
 
 def divergence(logits: np.ndarray, others: np.ndarray) -> float:
-    "Kullback-Leibler divergence of `others` from `logits`, (batch, seq, vocab) both: the mean over all places."
+    "Kullback-Leibler from `logits` to `others`, (batch, seq, vocab): the mean over all places."
     def along_row(logits, others):
         expected = log_softmax(logits)
         return np.sum(np.exp(expected) * (expected - log_softmax(others)), axis=-1)
@@ -207,7 +219,7 @@ def agreement(logits: np.ndarray, others: np.ndarray) -> float:
     "The share of places where both, (batch, seq, vocab), put the same token first."
     return float(np.mean(np.argmax(logits, axis=-1) == np.argmax(others, axis=-1)))
 
-# %% ../nbs/10_quantization.ipynb #9ac8ff82
+# %% ../nbs/10_quantization.ipynb #8c09bb94
 def held_out_text() -> str:
     "The first act of Macbeth, which is not among the texts that `bard` has learnt from."
     return (importlib.resources.files("llama_nb") / "data" / "macbeth.txt").read_text("utf-8")
