@@ -1,6 +1,6 @@
 """What people install instead, at the shape of a model and with random weights, for cpu_7b.py.
 
-Each peer opens a model and yields one session for each setting worth trying: (setting, start over, ids -> logits of the last position).
+Each peer yields nothing when its library is imported, then opens a model and yields one session for each setting worth trying: (setting, start over, ids -> logits of the last position).
 Only new ids are computed: each session keeps its cache of keys and values.
 """
 import re
@@ -78,6 +78,7 @@ def write_gguf(path, config, kind, seed=0):
 
 def llama_cpp(path, config, threads, context):
     import llama_cpp as api
+    yield
     silent = api.llama_log_callback(lambda *_: None)     # lives as long as the sessions
     api.llama_log_set(silent, None)
     model = api.llama_model_load_from_file(str(path).encode(), api.llama_model_default_params())
@@ -176,6 +177,7 @@ def write_openvino(path, config, bits, seed=0):
 
 def openvino(path, config, threads, context):
     import openvino as ov
+    yield
     core, length = ov.Core(), 0
     settings = {"INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY", "DYNAMIC_QUANTIZATION_GROUP_SIZE": 128}
 
@@ -203,6 +205,7 @@ def transformers(path, config, threads, context):
     import torch
     from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
     from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+    yield
     torch.set_num_threads(threads)
     shape = LlamaConfig(hidden_size=config.dim, num_hidden_layers=config.n_layers, num_attention_heads=config.n_heads, num_key_value_heads=config.n_kv_heads,
                         intermediate_size=config.hidden_dim, vocab_size=config.vocab_size, rms_norm_eps=config.norm_eps, max_position_embeddings=context,
