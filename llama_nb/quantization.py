@@ -6,7 +6,7 @@ __all__ = ['CALIBRATION', 'SHRINKS', 'BLOCK', 'in_blocks', 'Quantized', 'round_t
            'quantize_tensor', 'rounded', 'quantized', 'log_softmax', 'perplexity', 'divergence', 'agreement',
            'held_out_text']
 
-# %% ../nbs/10_quantization.ipynb #682ccbc4
+# %% ../nbs/10_quantization.ipynb #3e39dbe1
 import dataclasses, importlib.resources, math
 from operator import attrgetter
 
@@ -18,14 +18,14 @@ from .checkpoint import Checkpoint, LazyTensor
 from .embedding import listening
 from .model import BLOCK_PARTS, make_layers
 
-# %% ../nbs/10_quantization.ipynb #fb5536cb
+# %% ../nbs/10_quantization.ipynb #c76c9a9e
 def in_blocks(matrix: np.ndarray, block: int) -> np.ndarray:
     "(rows, width) cut into float32 (rows, count, block), zeros after a row's last number."
     padding = (0, 0), (0, -matrix.shape[1] % block)
     padded = np.pad(np.asarray(matrix, np.float32), padding)
     return padded.reshape(len(matrix), -1, block)
 
-# %% ../nbs/10_quantization.ipynb #fed17a11
+# %% ../nbs/10_quantization.ipynb #07c2bc70
 @dataclasses.dataclass(frozen=True)
 class Quantized:
     """A matrix (out, in): whole numbers `values`, int8, times float32 `scales`, (out, blocks),
@@ -49,7 +49,7 @@ class Quantized:
     @property
     def bits_per_weight(self) -> float: return 8 * self.nbytes / self.values.size
 
-# %% ../nbs/10_quantization.ipynb #3ce4b44e
+# %% ../nbs/10_quantization.ipynb #12618826
 def round_to(blocks: np.ndarray, scales: np.ndarray, bits: int) -> np.ndarray:
     "Blocks (rows, count, block) in units of their scales (rows, count): -127..127, or -8..7."
     values = blocks / scales[..., None]
@@ -61,13 +61,13 @@ def absmax_scales(blocks: np.ndarray, bits: int) -> np.ndarray:
     largest = np.maximum(blocks.max(axis=-1), -blocks.min(axis=-1))
     return np.maximum(largest, np.float32(1e-9)) / np.float32({8: 127, 4: 7}[bits])
 
-# %% ../nbs/10_quantization.ipynb #df05ec50
+# %% ../nbs/10_quantization.ipynb #b7803a24
 def storable(scales: np.ndarray) -> np.ndarray:
     "The nearest scales that bfloat16 and float16 both hold as normal numbers."
     rounded = scales.astype(ml_dtypes.bfloat16).astype(np.float32)
     return np.clip(rounded, 2.0**-14, 65280)
 
-# %% ../nbs/10_quantization.ipynb #6fbed059
+# %% ../nbs/10_quantization.ipynb #3231fdd6
 CALIBRATION = """The best way to attract bees to a garden is to plant what they
 like, and to let some of it grow wild. Lavender, thyme and borage are good; so is
 clover, if you can bear it in the lawn. In a town of 40,000 people, 112 species were
@@ -77,7 +77,7 @@ what comes. for bee in garden: count[bee.name] += 1. The first result may surpri
 you. Most of them will not be honey bees at all, but small solitary ones, which nest
 in the ground or in old walls, and do not sting."""
 
-# %% ../nbs/10_quantization.ipynb #5b934b40
+# %% ../nbs/10_quantization.ipynb #cc98760c
 def block_inputs(block, x):
     "What each matrix of a block is multiplied with, by name, and the block's output."
     heard = {}
@@ -106,7 +106,7 @@ def watch_blocks(checkpoint: Checkpoint, ids):
         for part, values in inputs.items():
             yield f"{layer}.{part}.weight", np.asarray(values)[0]
 
-# %% ../nbs/10_quantization.ipynb #cf7124b6
+# %% ../nbs/10_quantization.ipynb #848ba560
 def measure_importance(checkpoint: Checkpoint, tokenizer=None) -> dict[str, np.ndarray]:
     """The mean square of each input, (in,), of each matrix in the blocks, by its name, while
     the model reads `CALIBRATION`, or random tokens if there is no tokenizer."""
@@ -115,7 +115,7 @@ def measure_importance(checkpoint: Checkpoint, tokenizer=None) -> dict[str, np.n
     watched = watch_blocks(checkpoint, ids[:checkpoint.config.context_length])
     return {name: np.square(inputs).mean(axis=0) for name, inputs in watched}
 
-# %% ../nbs/10_quantization.ipynb #32c87e5a
+# %% ../nbs/10_quantization.ipynb #cd35a9de
 SHRINKS = tuple(np.float32(20 - step) / 20 for step in range(9))
 
 def fit_scales(blocks: np.ndarray, scales: np.ndarray, bits: int,
@@ -132,7 +132,7 @@ def fit_scales(blocks: np.ndarray, scales: np.ndarray, bits: int,
         gains = np.maximum(gain, gains)
     return scales
 
-# %% ../nbs/10_quantization.ipynb #7a676052
+# %% ../nbs/10_quantization.ipynb #8fd3dbb4
 def quantize(matrix: np.ndarray, bits: int = 8, block: int | None = None,
              importance=None) -> Quantized:
     """Rounds a matrix (out, in) to 8 or 4 bits, with a scale for each row or for each `block`
@@ -155,7 +155,7 @@ def quantize(matrix: np.ndarray, bits: int = 8, block: int | None = None,
     values, scales = (np.concatenate(part) for part in zip(*parts))
     return Quantized(values, scales, bits, size)
 
-# %% ../nbs/10_quantization.ipynb #fedf6eff
+# %% ../nbs/10_quantization.ipynb #e6fa35f1
 def pack_int4(values: np.ndarray) -> np.ndarray:
     "Numbers of -8..7 in row order, two to the byte, the first in the lower half: uint8."
     halves = np.pad(values.reshape(-1), (0, values.size % 2)).astype(np.uint8) & 15
@@ -166,7 +166,7 @@ def unpack_int4(packed: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
     halves = np.stack([packed << 4, packed], axis=-1).view(np.int8) >> 4
     return halves.reshape(-1)[:math.prod(shape)].reshape(shape)
 
-# %% ../nbs/10_quantization.ipynb #c8ec1364
+# %% ../nbs/10_quantization.ipynb #5b3f8f63
 BLOCK = 64
 
 def quantize_tensor(name: str, values: np.ndarray, dtype: str,
@@ -181,7 +181,7 @@ def quantize_tensor(name: str, values: np.ndarray, dtype: str,
         return quantize(values, bits=8, importance=importance)
     return quantize(values, bits=4, block=BLOCK, importance=importance)
 
-# %% ../nbs/10_quantization.ipynb #1e3e51e7
+# %% ../nbs/10_quantization.ipynb #f4335060
 def rounded(checkpoint: Checkpoint, change) -> Checkpoint:
     "The checkpoint with `change(name, values)` in the place of each tensor's values."
     def tensor(name, stored):
@@ -197,7 +197,7 @@ def quantized(checkpoint: Checkpoint, dtype: str, importance: dict = {}) -> Chec
         return result.dequantize() if isinstance(result, Quantized) else result
     return rounded(checkpoint, change)
 
-# %% ../nbs/10_quantization.ipynb #6312ec67
+# %% ../nbs/10_quantization.ipynb #a25e916e
 def log_softmax(logits: np.ndarray) -> np.ndarray:
     "Logits (..., vocab) to the logarithms of their probabilities."
     shifted = logits - logits.max(axis=-1, keepdims=True)
@@ -222,7 +222,7 @@ def agreement(logits: np.ndarray, others: np.ndarray) -> float:
     "The share of places where both, (batch, seq, vocab), put the same token first."
     return float(np.mean(np.argmax(logits, axis=-1) == np.argmax(others, axis=-1)))
 
-# %% ../nbs/10_quantization.ipynb #9aed5d40
+# %% ../nbs/10_quantization.ipynb #13a24a57
 def held_out_text() -> str:
     "The first act of Macbeth, which is not among the texts that `bard` has learnt from."
     folder = importlib.resources.files("llama_nb") / "data"
