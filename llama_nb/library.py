@@ -5,14 +5,17 @@ __all__ = ['BYTES', 'COMMANDS', 'find_model', 'is_converted', 'open_model', 'cac
            'check_choice', 'load', 'check_threads', 'set_threads', 'UsageError', 'Parser', 'whole', 'some_text',
            'model_options', 'sampling_options', 'make_parser', 'read_prompt', 'sampling_of', 'load_for', 'stream_for',
            'held_back', 'show_stream', 'make_report', 'peak_memory', 'as_size', 'format_report', 'run_generate',
-           'run_chat', 'read_lines', 'run_info', 'run_synth', 'run_convert', 'main']
+           'run_chat', 'read_lines', 'run_info', 'run_synth', 'run_convert', 'measure_speed', 'read_bandwidth',
+           'write_random_gguf', 'open_llama_cpp', 'run_bench', 'cpu_name', 'main']
 
 # %% ../nbs/15_library.ipynb #c06d773a
-import argparse, collections, contextlib, dataclasses, json, os, sys
+import argparse, collections, concurrent.futures, contextlib, dataclasses, json, math, os, platform, re, statistics, sys, tempfile, time
 from collections.abc import Iterable
 from pathlib import Path
 
-from .checkpoint import PRESETS, SIZES, Checkpoint, CheckpointError, LlamaConfig
+import numpy as np
+
+from .checkpoint import GGUF_NAMES, PRESETS, SIZES, Checkpoint, CheckpointError, LlamaConfig
 from .checkpoint import bard_folder, fetch, open_checkpoint, synth
 from .reading import quiet_start
 from .sampling import GenerationError, Sampler, check_number
@@ -201,6 +204,10 @@ def make_parser() -> Parser:
     random.add_argument("--layers", type=whole(1), help="fewer layers than the original")
     random.add_argument("-s", "--seed", type=whole(0), default=0, help="the same seed gives the same weights")
     random.add_argument("--json", action="store_true", help="print one JSON object")
+    bench = commands.add_parser("bench", parents=[model], help="measure a model's speed")
+    bench.add_argument("path", nargs="?", help="the same as -m")
+    bench.add_argument("--vs", choices=["llama.cpp"], help="measure it beside this")
+    bench.add_argument("-t", "--threads", type=whole(1), help="how many to compute with (default: all cores)")
     convert = commands.add_parser("convert", help="write a model anew, quantized for the fast engine")
     convert.add_argument("source", help="a preset, a folder or a file")
     convert.add_argument("folder", help="where to: an empty or new folder, or one with the beginning of the same conversion")
@@ -369,8 +376,130 @@ def run_convert(arguments) -> None:
     line = f"{folder}: {about['parameters']:,} parameters as {about['dtype']}, {as_size(about['weights_bytes'])}"
     print(json.dumps(about) if arguments.json else line, flush=True)
 
+# %% ../nbs/15_library.ipynb #2ea30b02
+def measure_speed(advance, reset, vocab_size: int, prompt: int = 128, new: int = 16) -> dict[str, float]:
+    "Tokens a second, read and written: `advance(ids)` gives the logits after ids and keeps what it has computed until `reset()`."
+    ids = np.random.default_rng(0).integers(vocab_size // 2, vocab_size, prompt + new).tolist()
+    def seconds(count):
+        begin = time.perf_counter()
+        advance(ids[:count])
+        return time.perf_counter() - begin
+    reads = []
+    for _ in range(3):
+        reset()
+        reads.append(seconds(prompt))
+    writes = [seconds(prompt + count) for count in range(1, new + 1)]
+    return dict(prefill=prompt / min(reads), decode=1 / statistics.median(writes))
+
+def read_bandwidth(threads: int, size: int = 10**9) -> float:
+    "The bytes a second that `threads` threads read from an array that no cache holds."
+    parts = np.array_split(np.ones(size // 4, np.float32), threads)
+    with concurrent.futures.ThreadPoolExecutor(threads) as pool:
+        def seconds():
+            begin = time.perf_counter()
+            list(pool.map(np.max, parts))
+            return time.perf_counter() - begin
+        return size / min(seconds() for _ in range(5))
+
+# %% ../nbs/15_library.ipynb #4bc198bd
+def write_random_gguf(path: Path, config: LlamaConfig, kind: str) -> None:
+    "A GGUF file of a model's shape with random weights of the kind Q4_0 or Q8_0, a tensor at a time. It has no words, only ids."
+    import gguf
+    kind, rng = gguf.GGMLQuantizationType[kind], np.random.default_rng(0)
+    values, size = gguf.GGML_QUANT_SIZES[kind]
+    scale = np.array([0.02 / (4.6 if kind.name == "Q4_0" else 74)], np.float16).view(np.uint8)
+    writer, names = gguf.GGUFWriter(path, "llama"), {ours: theirs for theirs, ours in GGUF_NAMES.items()}
+    writer.add_context_length(config.context_length)
+    writer.add_embedding_length(config.dim)
+    writer.add_block_count(config.n_layers)
+    writer.add_feed_forward_length(config.hidden_dim)
+    writer.add_head_count(config.n_heads)
+    writer.add_head_count_kv(config.n_kv_heads)
+    writer.add_layer_norm_rms_eps(config.norm_eps)
+    writer.add_rope_dimension_count(config.head_dim)
+    writer.add_rope_freq_base(config.rope_theta)
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_tokenizer_model("none")
+    shapes = config.tensor_shapes()
+    for name, shape in shapes.items():
+        count, flat = math.prod(shape), len(shape) == 1
+        block, part = re.fullmatch(r"(?:layers\.(\d+)\.)?(.+)\.weight", name).groups()
+        their_name = ("" if block is None else f"blk.{block}.") + names[part] + ".weight"
+        writer.add_tensor_info(their_name, shape, np.float32, 4 * count if flat else count // values * size,
+                               gguf.GGMLQuantizationType.F32 if flat else kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    for shape in shapes.values():
+        rows = np.ones(shape, np.float32)
+        if len(shape) == 2:
+            rows = np.frombuffer(bytearray(rng.bytes(math.prod(shape) // values * size)), np.uint8).reshape(-1, size)
+            rows[:, :2] = scale
+        writer.write_tensor_data(rows)
+    writer.close()
+
+# %% ../nbs/15_library.ipynb #6e605e19
+def open_llama_cpp(path: Path, config: LlamaConfig, threads: int, context: int, flash: bool = False):
+    "llama.cpp's `advance` and `reset` for a GGUF file, through its Python package."
+    import llama_cpp as api
+    open_llama_cpp.silent = api.llama_log_callback(lambda *_: None)
+    api.llama_log_set(open_llama_cpp.silent, None)
+    model = api.llama_model_load_from_file(str(path).encode(), api.llama_model_default_params())
+    if not model: raise CheckpointError(f"{path}: llama.cpp cannot load it")
+    options = api.llama_context_default_params()
+    options.n_ctx = options.n_batch = context
+    options.n_threads = options.n_threads_batch = threads
+    options.flash_attn_type = int(flash)
+    state, known = api.llama_init_from_model(model, options), []
+
+    def reset():
+        known.clear()
+        api.llama_memory_clear(api.llama_get_memory(state), True)
+
+    def advance(ids):
+        new = ids[len(known):]
+        known.extend(new)
+        if api.llama_decode(state, api.llama_batch_get_one((api.llama_token * len(new))(*new), len(new))):
+            raise CheckpointError(f"{path}: llama.cpp cannot compute with it")
+        return np.ctypeslib.as_array(api.llama_get_logits_ith(state, -1), (config.vocab_size,))
+    return advance, reset
+
+# %% ../nbs/15_library.ipynb #6f08934e
+def run_bench(arguments) -> None:
+    "Measures a model's speed, if asked beside llama.cpp."
+    name = arguments.path or arguments.model
+    about = describe(name, arguments.dtype, arguments.context_length)
+    if arguments.vs and about["engine"] != "litert":
+        raise GenerationError(f"{about['path']}: llama.cpp is compared with converted models; llama-nb convert makes one of it")
+    with quiet_start():
+        llm, threads = load(name, arguments.engine, arguments.dtype, arguments.context_length, arguments.threads), arguments.threads or os.cpu_count()
+        bandwidth = read_bandwidth(threads)
+        speeds = {"llama_nb": measure_speed(llm.decoder.advance, llm.decoder.cached_ids.clear, llm.config.vocab_size)}
+    if arguments.vs:
+        with contextlib.suppress(ImportError), tempfile.TemporaryDirectory() as folder, quiet_start():
+            import llama_cpp
+            write_random_gguf(Path(folder) / "peer.gguf", llm.config, {"int4": "Q4_0", "int8": "Q8_0"}[about["dtype"]])
+            advance, reset = open_llama_cpp(Path(folder) / "peer.gguf", llm.config, threads, llm.config.context_length)
+            speeds["llama.cpp"] = measure_speed(advance, reset, llm.config.vocab_size)
+    limit = bandwidth / about["weights_bytes"]
+    report = dict(path=about["path"], dtype=about["dtype"], cpu=cpu_name(), threads=threads, bandwidth=bandwidth, limit=limit, speeds=speeds)
+    if arguments.json: return print(json.dumps(report), flush=True)
+    print(f"{report['path']}, {report['dtype']}; {report['cpu']}, {threads} threads; reads {bandwidth / 1e9:.1f} GB/s, so at most {limit:.1f} tokens/s")
+    for name, speed in speeds.items():
+        print(f"{name:10} prefill {speed['prefill']:8.1f} tokens/s   decode {speed['decode']:8.1f} tokens/s, {speed['decode'] / limit:.0%} of the limit")
+    if len(speeds) == 2:
+        ratios = {name: speeds["llama_nb"][name] / speeds["llama.cpp"][name] for name in ("prefill", "decode")}
+        print(f"llama_nb / llama.cpp: prefill ×{ratios['prefill']:.2f}, decode ×{ratios['decode']:.2f}")
+    elif arguments.vs: print("llama.cpp: not compared, llama-cpp-python is not installed")
+
+def cpu_name() -> str:
+    "The processor's name."
+    try: return next(line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name"))
+    except (OSError, StopIteration): return platform.processor() or platform.machine()
+
 # %% ../nbs/15_library.ipynb #f134de93
-COMMANDS = {"generate": run_generate, "chat": run_chat, "info": run_info, "synth": run_synth, "convert": run_convert}
+COMMANDS = {"generate": run_generate, "chat": run_chat, "info": run_info, "synth": run_synth, "convert": run_convert,
+            "bench": run_bench}
 
 def main(argv: list[str] | None = None) -> int:
     "The command line `llama-nb`. Returns 0, 2 for a user's mistake (one line says which), or 130 after Ctrl-C."

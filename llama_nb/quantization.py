@@ -13,10 +13,7 @@ from operator import attrgetter
 import ml_dtypes
 import numpy as np
 
-from .attention import merge_heads, mix_values
 from .checkpoint import Checkpoint, LazyTensor
-from .embedding import listening
-from .model import BLOCK_PARTS, make_layers
 
 # %% ../nbs/10_quantization.ipynb #c76c9a9e
 def in_blocks(matrix: np.ndarray, block: int) -> np.ndarray:
@@ -80,6 +77,8 @@ in the ground or in old walls, and do not sting."""
 # %% ../nbs/10_quantization.ipynb #cc98760c
 def block_inputs(block, x):
     "What each matrix of a block is multiplied with, by name, and the block's output."
+    from llama_nb.attention import merge_heads, mix_values
+    from llama_nb.embedding import listening
     heard = {}
     def listen(name, value):
         return heard.setdefault(name.removeprefix(f"{block.name}."), value)
@@ -93,6 +92,7 @@ def block_inputs(block, x):
 
 def watch_blocks(checkpoint: Checkpoint, ids):
     "Sends ids through the blocks, one by one: yields each matrix's name and inputs (seq, in)."
+    from llama_nb.model import BLOCK_PARTS, make_layers
     config = dataclasses.replace(checkpoint.config, n_layers=1, vocab_size=1, tied=True)
     block = make_layers(config)["layers.0"]
     block.build((None, None, config.dim))

@@ -16,7 +16,7 @@ import pytest
 import llama_nb
 from llama_nb import engine
 from llama_nb.checkpoint import CheckpointError, LlamaConfig, bard_folder, open_checkpoint, sha256, write_meta
-from llama_nb.engine import Batch, Engine, LiteRTLlama, PackedWeights, convert, guess, open_converted, open_dequantized, read_program
+from llama_nb.engine import Batch, LiteRTLlama, PackedWeights, convert, guess, open_converted, open_dequantized, read_program
 from llama_nb.library import describe, find_model, load, main
 from llama_nb.model import build_model, load_weights
 from llama_nb.sampling import GenerationError
@@ -38,7 +38,7 @@ def cache(tmp_path_factory):
 
 @pytest.fixture(scope="module", params=["int8", "int4"])
 def converted(request, tmp_path_factory):
-    return convert("bard" and bard_folder(), tmp_path_factory.mktemp("bard") / request.param, request.param)
+    return convert(bard_folder(), tmp_path_factory.mktemp("bard") / request.param, request.param)
 
 
 @pytest.fixture(scope="module")
@@ -328,3 +328,23 @@ def test_command_line(source, tmp_path, capsys):
     assert json.loads(capsys.readouterr().out)["new_tokens"] == 2
     assert main(["convert", str(source), str(tmp_path / "it"), "--dtype", "int4"]) == 2
     assert main(["convert", str(tmp_path / "nowhere"), str(tmp_path / "new")]) == 2 and not (tmp_path / "new").exists()
+
+
+# Measuring.
+
+def test_bench(tiny, source, tmp_path, capsys):
+    assert main(["bench", str(tiny), "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["dtype"] == "int4" and report["bandwidth"] > 1e8 and min(report["speeds"]["llama_nb"].values()) > 0
+    assert main(["bench", str(source), "--vs", "llama.cpp"]) == 2
+    assert "llama.cpp is compared with converted models" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ["Q4_0", "Q8_0"])
+def test_the_peer_gets_a_model_of_the_same_shape(tmp_path, kind):
+    from llama_nb.library import write_random_gguf
+    write_random_gguf(tmp_path / "peer.gguf", TINY, kind)
+    checkpoint = open_checkpoint(tmp_path / "peer.gguf", TINY.vocab_size)
+    assert checkpoint.config == dataclasses.replace(TINY, norm_eps=checkpoint.config.norm_eps)
+    matrix = checkpoint.read("layers.1.feed_forward.w1.weight")
+    assert checkpoint["norm.weight"].stored == "F32" and 0.015 < matrix.std() < 0.025
