@@ -459,7 +459,8 @@ def open_llama_cpp(path: Path, config: LlamaConfig, threads: int, context: int, 
     def advance(ids):
         new = ids[len(known):]
         known.extend(new)
-        if api.llama_decode(state, api.llama_batch_get_one((api.llama_token * len(new))(*new), len(new))):
+        tokens = (api.llama_token * len(new))(*new)
+        if api.llama_decode(state, api.llama_batch_get_one(tokens, len(new))):
             raise CheckpointError(f"{path}: llama.cpp cannot compute with it")
         return np.ctypeslib.as_array(api.llama_get_logits_ith(state, -1), (config.vocab_size,))
     return advance, reset
