@@ -12,7 +12,7 @@ __all__ = ['LENGTHS', 'ALIGNMENT', 'CALIBRATION', 'FORMAT', 'DTYPES', 'TOGETHER'
            'available_memory', 'check_memory', 'fitting', 'Engine', 'Batch', 'guess', 'PromptLookup', 'write_together',
            'LiteRTLlama']
 
-# %% ../nbs/11_cpu_7b.ipynb #93946722
+# %% ../nbs/11_cpu_7b.ipynb #9d860a6c
 import atexit, contextlib, dataclasses, functools, hashlib, importlib.metadata, importlib.resources, json, math, os, platform, shutil, tempfile, time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -28,7 +28,7 @@ from .quantization import BLOCK, Quantized, pack_int4, quantize_tensor, unpack_i
 from .sampling import GenerationError, check_number
 from .tokenizer import Tokenizer, load_tokenizer
 
-# %% ../nbs/11_cpu_7b.ipynb #06c1822e
+# %% ../nbs/11_cpu_7b.ipynb #e3095350
 def block_programs(config: LlamaConfig) -> dict[str, Callable]:
     "What a block computes before its attention and after it, on vectors that lie one behind the other: TensorFlow functions."
     import tensorflow as tf
@@ -50,7 +50,7 @@ def block_programs(config: LlamaConfig) -> dict[str, Callable]:
         return dict(logits=flat(product(norm(rows(x), norm_weight), output)))
     return dict(before=before, after=after, head=head)
 
-# %% ../nbs/11_cpu_7b.ipynb #1d35e04d
+# %% ../nbs/11_cpu_7b.ipynb #c24167a3
 def padded_hidden(config: LlamaConfig, multiple: int = 64) -> int:
     "The width of the feed-forward, filled up with zeros to whole blocks."
     return multiple * math.ceil(config.hidden_dim / multiple)
@@ -62,7 +62,7 @@ def program_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
     return dict(attention_norm=(dim,), wqkv=(qkv, dim), wo=(dim, dim), ffn_norm=(dim,),
                 w13=(2 * hidden, dim), w2=(dim, hidden), norm_weight=(dim,), output=(config.vocab_size, dim))
 
-# %% ../nbs/11_cpu_7b.ipynb #cccbdf71
+# %% ../nbs/11_cpu_7b.ipynb #18b5be61
 def to_program(entries: Mapping) -> bytes:
     "Concrete TensorFlow functions by name, as a .tflite program with these entries."
     import tensorflow as tf
@@ -74,7 +74,7 @@ def to_program(entries: Mapping) -> bytes:
         finally: logger.setLevel(level)
         return tf.lite.TFLiteConverter.from_saved_model(scratch, signature_keys=list(entries)).convert()
 
-# %% ../nbs/11_cpu_7b.ipynb #7658a5cc
+# %% ../nbs/11_cpu_7b.ipynb #599c7cf4
 LENGTHS = 1, 8, 32, 128
 
 def compile_programs(config: LlamaConfig, names: Sequence[str], lengths: Sequence[int] = LENGTHS) -> bytes:
@@ -88,7 +88,7 @@ def compile_programs(config: LlamaConfig, names: Sequence[str], lengths: Sequenc
             entries[f"{name}_{length}"] = tf.function(functions[name]).get_concrete_function(*specs)
     return to_program(entries)
 
-# %% ../nbs/11_cpu_7b.ipynb #eed27c6e
+# %% ../nbs/11_cpu_7b.ipynb #a28fac11
 def place_weight(tensor, graph, buffer_of: Callable, name: str, weight) -> None:
     "Makes an input of a program a constant: its type, its scales, and the buffer of its numbers."
     from ai_edge_litert import schema_py_generated as schema
@@ -111,7 +111,7 @@ def place_weight(tensor, graph, buffer_of: Callable, name: str, weight) -> None:
     scales.details.scales, scales.details.zeroPoints = len(graph.tensors) - 1, -1
     scales.details.blockSize = weight.block
 
-# %% ../nbs/11_cpu_7b.ipynb #78d400a9
+# %% ../nbs/11_cpu_7b.ipynb #3cc8777e
 def insert_weights(model, weights: Mapping[str, Quantized | np.ndarray]) -> list[tuple[int, np.ndarray]]:
     "Makes constants of the inputs that `weights` names, in every entry; gives each new buffer's number and content, once."
     from ai_edge_litert import schema_py_generated as schema
@@ -132,7 +132,7 @@ def insert_weights(model, weights: Mapping[str, Quantized | np.ndarray]) -> list
         graph.inputs = np.array([item.tensorIndex for item in entry.inputs], np.int32)
     return list(contents.values())
 
-# %% ../nbs/11_cpu_7b.ipynb #5eb01f20
+# %% ../nbs/11_cpu_7b.ipynb #2ad6b12a
 ALIGNMENT = 64
 
 def write_program(path: Path, program: bytes, weights: Mapping[str, Quantized | np.ndarray]) -> None:
@@ -159,7 +159,7 @@ def write_program(path: Path, program: bytes, weights: Mapping[str, Quantized | 
             file.write(content.data)
         file.truncate(end)
 
-# %% ../nbs/11_cpu_7b.ipynb #95eaa994
+# %% ../nbs/11_cpu_7b.ipynb #4898e099
 def read_program(path: Path) -> dict[str, Quantized | np.ndarray]:
     "The weights that `write_program` has put into a file, mapped; int4 is unpacked."
     from ai_edge_litert import schema_py_generated as schema
@@ -182,7 +182,7 @@ def read_program(path: Path) -> dict[str, Quantized | np.ndarray]:
                 weights[name] = Quantized(values, content(blocks, "<f2").reshape(blocks.shape).astype(np.float32), 4, scales.details.blockSize)
     return weights
 
-# %% ../nbs/11_cpu_7b.ipynb #661c5bef
+# %% ../nbs/11_cpu_7b.ipynb #85699c18
 def block_tensors(read: Callable, config: LlamaConfig, layer: int) -> dict[str, np.ndarray]:
     "A block's weights as its programs take them, float32: queries, keys and values joined, gate and up joined and filled up."
     hidden = padded_hidden(config) - config.hidden_dim
@@ -192,7 +192,7 @@ def block_tensors(read: Callable, config: LlamaConfig, layer: int) -> dict[str, 
     return dict(attention_norm=attention_norm, wqkv=np.concatenate(get("attention.wq", "attention.wk", "attention.wv")), wo=get("attention.wo")[0],
                 ffn_norm=ffn_norm, w13=np.concatenate([w1, below, w3, below]), w2=np.pad(w2, ((0, 0), (0, hidden))))
 
-# %% ../nbs/11_cpu_7b.ipynb #1e97def5
+# %% ../nbs/11_cpu_7b.ipynb #13a7e77b
 def aligned(size: int) -> np.ndarray:
     "A float32 array whose memory LiteRT can use as it is."
     raw = np.zeros(4 * size + 64, np.uint8)
@@ -211,7 +211,7 @@ def shared(arrays: Mapping[str, np.ndarray]) -> dict:
     buffers = {name: TensorBuffer.create_from_host_memory(array.reshape(-1)) for name, array in arrays.items()}
     return buffers | (dict(y=buffers["x"]) if "x" in buffers else {})
 
-# %% ../nbs/11_cpu_7b.ipynb #97468cf5
+# %% ../nbs/11_cpu_7b.ipynb #f11a4d6d
 class Program:
     "One .tflite file on the CPU: `run(entry)` computes from named buffers to named buffers."
 
@@ -237,15 +237,15 @@ def quiet_environment():
     atexit.register(lambda: os.dup2(os.open(os.devnull, os.O_WRONLY), 2))
     return Environment.create(options=EnvironmentOptions(runtime_path=home, compiler_plugin_path=home, dispatch_library_path=home))
 
-# %% ../nbs/11_cpu_7b.ipynb #5cd10494
+# %% ../nbs/11_cpu_7b.ipynb #5176f00d
 def normed(x: np.ndarray, weight: np.ndarray, eps: float) -> np.ndarray:
     "RMSNorm of rows."
     return x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + eps) * weight
 
-# %% ../nbs/11_cpu_7b.ipynb #859475ba
+# %% ../nbs/11_cpu_7b.ipynb #366e710c
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
-# %% ../nbs/11_cpu_7b.ipynb #138ff813
+# %% ../nbs/11_cpu_7b.ipynb #68d4b7e8
 @numba.njit(fastmath=True)
 def turn(vector, cos, sin):
     "Rotary position, in place: adjacent pairs of (head_dim,) by the angles of one place."
@@ -262,7 +262,7 @@ def store(vector, values):
     for feature in range(len(vector)): values[feature] = np.int8(np.rint(vector[feature] * (np.float32(127) / largest)))
     return largest / np.float32(127)
 
-# %% ../nbs/11_cpu_7b.ipynb #4f2cffb7
+# %% ../nbs/11_cpu_7b.ipynb #bedce984
 @numba.njit(fastmath=True)
 def attend(query, keys, key_scales, values, value_scales, weights, mixed):
     "One query against all places: keys and values (places, head_dim); the mixture goes to `mixed` (head_dim,)."
@@ -281,7 +281,7 @@ def attend(query, keys, key_scales, values, value_scales, weights, mixed):
         for feature in range(width): mixed[feature] += weight * np.float32(values[place, feature])
     for feature in range(width): mixed[feature] /= total
 
-# %% ../nbs/11_cpu_7b.ipynb #6e462dba
+# %% ../nbs/11_cpu_7b.ipynb #60db8600
 class Cache:
     "Keys and values of several texts in all blocks, int8 with a scale for each head and place."
 
@@ -294,7 +294,7 @@ def cache_bytes(config: LlamaConfig, slots: int = 1) -> int:
     "The memory of a `Cache`."
     return slots * config.n_layers * config.n_kv_heads * config.context_length * 2 * (config.head_dim + 4)
 
-# %% ../nbs/11_cpu_7b.ipynb #d9db41f8
+# %% ../nbs/11_cpu_7b.ipynb #f250e2ff
 @numba.njit(parallel=True, fastmath=True, cache=True)
 def attend_rows(qkv, slots, places, cos, sin, keys, key_scales, values, value_scales, mixed):
     """Attention for one block. Each row of `qkv`, (rows, (heads + 2 kv_heads) * head_dim), is a token at its place of the text in its slot.
@@ -321,7 +321,7 @@ def attend_rows(qkv, slots, places, cos, sin, keys, key_scales, values, value_sc
                 attend(query, keys[slot, kv_head, :seen], key_scales[slot, kv_head], values[slot, kv_head, :seen],
                        value_scales[slot, kv_head], weights, result)
 
-# %% ../nbs/11_cpu_7b.ipynb #1e346154
+# %% ../nbs/11_cpu_7b.ipynb #40cc0785
 def block_pass(x: np.ndarray, weights: Mapping[str, np.ndarray], config: LlamaConfig, angles: np.ndarray) -> tuple[np.ndarray, dict]:
     "A block in float32, on rows (tokens, dim) of one text; and the rows that go into each matrix."
     count = len(x)
@@ -335,14 +335,14 @@ def block_pass(x: np.ndarray, weights: Mapping[str, np.ndarray], config: LlamaCo
     into_w2 = gate * up / (1 + np.exp(-np.maximum(gate, -80)))
     return x + into_w2 @ weights["w2"].T, dict(wqkv=into_qkv, wo=mixed, w13=into_w13, w2=into_w2)
 
-# %% ../nbs/11_cpu_7b.ipynb #07bf96e8
+# %% ../nbs/11_cpu_7b.ipynb #1993ca92
 CALIBRATION = 256
 
 def calibration_text() -> str:
     "A text of many kinds, to see how large features get."
     return (importlib.resources.files("llama_nb") / "data" / "calibration.txt").read_text(encoding="utf-8")
 
-# %% ../nbs/11_cpu_7b.ipynb #fd763a05
+# %% ../nbs/11_cpu_7b.ipynb #d66a3a5f
 def balance(before: np.ndarray, matrix: np.ndarray, rows: np.ndarray) -> None:
     """Makes large features smaller and their column of `matrix` larger, in place, by the same factor (Xiao et al. 2023,
     SmoothQuant, equation 4); `before` (features, ...) makes the features, `rows` are some of them. The product stays what it was."""
@@ -356,7 +356,7 @@ def balance_block(weights: dict[str, np.ndarray], rows: Mapping[str, np.ndarray]
     balance(weights["ffn_norm"], weights["w13"], rows["w13"])
     balance(np.split(weights["w13"], 2)[1], weights["w2"], rows["w2"])
 
-# %% ../nbs/11_cpu_7b.ipynb #ac1425f3
+# %% ../nbs/11_cpu_7b.ipynb #ee3b5d3e
 def head_tensors(read: Callable, config: LlamaConfig) -> dict[str, np.ndarray]:
     "The weights of the head: the last norm, and the output matrix or the table that stands for it."
     output = "tok_embeddings.weight" if config.tied else "output.weight"
@@ -369,7 +369,7 @@ def embedding_table(read: Callable, dtype: str) -> np.ndarray:
     records["values"], records["scale"] = table.values, table.scales[:, 0]
     return records
 
-# %% ../nbs/11_cpu_7b.ipynb #283a6977
+# %% ../nbs/11_cpu_7b.ipynb #e7b200b7
 def program_names(config: LlamaConfig) -> list[str]:
     "The program files of a converted model, in the order of the pass."
     return [*(f"layers.{layer}.tflite" for layer in range(config.n_layers)), "head.tflite"]
@@ -383,7 +383,7 @@ def file_sizes(config: LlamaConfig, dtype: str) -> dict[str, int]:
     sizes = {"tok_embeddings.npy": table, "rope.npy": 4 * config.context_length * config.head_dim}
     return sizes | {name: table if name == "head.tflite" else int(block * per_weight) for name in program_names(config)}
 
-# %% ../nbs/11_cpu_7b.ipynb #2e5de7a2
+# %% ../nbs/11_cpu_7b.ipynb #5fe35ae2
 def file_writers(read: Callable, config: LlamaConfig, dtype: str, ids: Sequence[int]):
     "Each file's name and `write(path)`, one after the other; `ids`: a text that shows how large features get."
     from llama_nb.rope import rope_tables
@@ -406,7 +406,7 @@ def file_writers(read: Callable, config: LlamaConfig, dtype: str, ids: Sequence[
     if dtype == "int8": balance(weights["norm_weight"], weights["output"], normed(x, weights["norm_weight"], config.norm_eps))
     yield last, functools.partial(write, "", weights, {}, head)
 
-# %% ../nbs/11_cpu_7b.ipynb #b9207953
+# %% ../nbs/11_cpu_7b.ipynb #b705b5ad
 def to_json(value) -> str:
     "Readable JSON, the same for the same value."
     return json.dumps(value, indent=1, sort_keys=True) + "\n"
@@ -434,7 +434,7 @@ def alone_in(folder: Path):
         lock.release()
         if new and not any(folder.iterdir()): folder.rmdir()
 
-# %% ../nbs/11_cpu_7b.ipynb #b01ec77c
+# %% ../nbs/11_cpu_7b.ipynb #c6ca91cb
 def begin(folder: Path, job: dict, sizes: Mapping[str, int]) -> None:
     "Makes sure that a conversion can begin in a folder, or go on there: the same job, and room on the disk."
     note = folder / "unfinished.json"
@@ -457,7 +457,7 @@ def check_disk(folder: Path, needed: int) -> None:
     if needed > (free := shutil.disk_usage(folder).free):
         raise CheckpointError(f"{folder}: {needed / 1e9:.2f} GB of disk are needed, {free / 1e9:.2f} GB are free")
 
-# %% ../nbs/11_cpu_7b.ipynb #f23ae046
+# %% ../nbs/11_cpu_7b.ipynb #d345cb9b
 def tokenizer_file(source: Path) -> Path:
     "The file of a checkpoint that its tokenizer is read from."
     folder = source if source.is_dir() else source.parent
@@ -490,7 +490,7 @@ def copy_metadata(source: Path, target: Path) -> None:
     writer.write_kv_data_to_file()
     writer.close()
 
-# %% ../nbs/11_cpu_7b.ipynb #3ba23cd3
+# %% ../nbs/11_cpu_7b.ipynb #262c18a9
 def describe_job(checkpoint, dtype: str) -> dict:
     "What is converted, and by what: a conversion goes on only if all of this is the same."
     path, versions = checkpoint.path, {name: importlib.metadata.version(name) for name in ("llama_nb", "tensorflow", "ai-edge-litert")}
@@ -499,7 +499,7 @@ def describe_job(checkpoint, dtype: str) -> dict:
     return dict(format=FORMAT, dtype=dtype, config=dataclasses.asdict(checkpoint.config), source=source, versions=versions,
                 tensors={name: [list(tensor.shape), tensor.stored] for name, tensor in checkpoint.items()})
 
-# %% ../nbs/11_cpu_7b.ipynb #13129158
+# %% ../nbs/11_cpu_7b.ipynb #cf0af3ea
 def check_vocabulary(path: Path, tokenizer: Tokenizer, config: LlamaConfig) -> None:
     "Refuses a tokenizer of another size than the embedding."
     if config.vocab_size != tokenizer.vocab_size:
@@ -510,7 +510,7 @@ def check_blocks(path: Path, config: LlamaConfig, dtype: str) -> None:
     if dtype == "int4" and config.dim % BLOCK:
         raise CheckpointError(f"{path}: dim should be a multiple of {BLOCK} for int4, found {config.dim}; int8 takes any")
 
-# %% ../nbs/11_cpu_7b.ipynb #84718617
+# %% ../nbs/11_cpu_7b.ipynb #3adfc197
 FORMAT, DTYPES = 1, ("int8", "int4")
 
 def convert(source, folder, dtype: str = "int8", progress: bool = False) -> Path:
@@ -543,7 +543,7 @@ def convert(source, folder, dtype: str = "int8", progress: bool = False) -> Path
         (folder / "unfinished.json").unlink()
     return folder
 
-# %% ../nbs/11_cpu_7b.ipynb #76115560
+# %% ../nbs/11_cpu_7b.ipynb #64cc208a
 @dataclasses.dataclass(frozen=True)
 class Converted:
     "A converted model on disk, its manifest checked; no weights are read."
@@ -559,7 +559,7 @@ class Converted:
         weights = sum(file["bytes"] for file in self.manifest["files"].values())
         return dict(weights_bytes=weights, cache_bytes=cache_bytes(config))
 
-# %% ../nbs/11_cpu_7b.ipynb #049f2d33
+# %% ../nbs/11_cpu_7b.ipynb #44006447
 def open_converted(folder) -> Converted:
     "Reads a converted model's manifest, and makes sure that its files are there at their sizes."
     folder = Path(folder).expanduser()
@@ -584,7 +584,7 @@ def check_contents(model: Converted, progress: bool = False) -> None:
         if sha256(model.path / name) != expected["sha256"]:
             raise CheckpointError(f"{model.path / name}: not the file that the manifest lists: damaged, or of another model or block")
 
-# %% ../nbs/11_cpu_7b.ipynb #8529a544
+# %% ../nbs/11_cpu_7b.ipynb #f133e3d7
 def open_dequantized(model: Converted) -> Checkpoint:
     "A converted model as a checkpoint of float32 tensors, for the Keras model: the same function in exact arithmetic."
     config = dataclasses.replace(model.config, tied=False)
@@ -607,7 +607,7 @@ def open_dequantized(model: Converted) -> Checkpoint:
     return Checkpoint(model.path, config, {name: LazyTensor(shape, np.dtype(np.float32), model.dtype, functools.partial(read, name))
                                            for name, shape in config.tensor_shapes().items()})
 
-# %% ../nbs/11_cpu_7b.ipynb #a1662c17
+# %% ../nbs/11_cpu_7b.ipynb #07c141fb
 def machine() -> dict:
     "What packed weights depend on: the processor, its instructions, LiteRT's version."
     try:
@@ -623,7 +623,7 @@ def states(paths: Iterable[Path]) -> dict[str, list[int]]:
     found = {path: path.stat() for path in paths if path.exists()}
     return {str(path): [state.st_size, state.st_mtime_ns, state.st_ino] for path, state in found.items()}
 
-# %% ../nbs/11_cpu_7b.ipynb #ae66be47
+# %% ../nbs/11_cpu_7b.ipynb #cf38bc94
 class PackedWeights:
     """The folder of XNNPACK's packed weights of one model on one machine, in the cache folder. Files that were
     made for another model, processor or version have another folder; those that were touched are made again."""
@@ -653,7 +653,7 @@ class PackedWeights:
         "Notes that all files are made."
         if not self.is_valid(): (self.folder / "record.json").write_text(to_json(self.record()))
 
-# %% ../nbs/11_cpu_7b.ipynb #fabbdc88
+# %% ../nbs/11_cpu_7b.ipynb #afbda6d2
 def available_memory() -> int:
     "Bytes that this process can still take: the system's, or its control group's limit."
     import psutil
@@ -673,7 +673,7 @@ def check_memory(model: Converted, config: LlamaConfig) -> None:
         raise GenerationError(f"{model.path}: {needed / 1e9:.2f} GB of memory are needed for a context of {config.context_length} "
                               f"tokens, {available / 1e9:.2f} GB are available; {hint}")
 
-# %% ../nbs/11_cpu_7b.ipynb #2cdabde6
+# %% ../nbs/11_cpu_7b.ipynb #a29023c3
 def fitting(count: int) -> int:
     "The shortest program for so many tokens."
     return next(length for length in LENGTHS if length >= count)
@@ -717,7 +717,7 @@ class Engine:
         count = ids.shape[1]
         return self.rows(ids[0], np.zeros(count), start + np.arange(count), np.arange(count - last, count), self.cache)
 
-# %% ../nbs/11_cpu_7b.ipynb #089d492e
+# %% ../nbs/11_cpu_7b.ipynb #315e38d8
 class Batch:
     "Several texts that grow together: `advance(texts)` gives the logits after each, and reads the weights once for all of them."
 
@@ -741,7 +741,7 @@ class Batch:
             results |= zip(group, self.engine.rows(ids, group, places, range(len(group)), self.cache))
         return results
 
-# %% ../nbs/11_cpu_7b.ipynb #1b76342e
+# %% ../nbs/11_cpu_7b.ipynb #0c416995
 def guess(ids: Sequence[int], count: int, longest: int = 3) -> list[int]:
     "What followed when the text's last tokens stood in it before: up to `count` ids."
     for size in range(longest, 1, -1):
@@ -751,7 +751,7 @@ def guess(ids: Sequence[int], count: int, longest: int = 3) -> list[int]:
                 return list(ids[start + size:start + size + count])
     return []
 
-# %% ../nbs/11_cpu_7b.ipynb #78c1b6ce
+# %% ../nbs/11_cpu_7b.ipynb #4b1e115f
 class PromptLookup:
     """An `advance` that also computes guesses (Saxena 2023), in the same pass; a guess that was right is an answer already known.
     Wrong guesses cost time, so they are paid from an account: a small `share` of the plain steps' time, and what right guesses have won."""
@@ -784,7 +784,7 @@ class PromptLookup:
             self.account += self.share * elapsed
         return logits[0]
 
-# %% ../nbs/11_cpu_7b.ipynb #d6196a18
+# %% ../nbs/11_cpu_7b.ipynb #97e1c52e
 TOGETHER = 8
 
 def write_together(engine: Engine, streams: Sequence[Stream]) -> list[str]:
@@ -797,7 +797,7 @@ def write_together(engine: Engine, streams: Sequence[Stream]) -> list[str]:
         for slot in going: texts[slot] += next(streams[slot].steps, "")
     return texts
 
-# %% ../nbs/11_cpu_7b.ipynb #302f6ef7
+# %% ../nbs/11_cpu_7b.ipynb #aabd6a1c
 class LiteRTLlama(Llama):
     "A `Llama` whose model is an `Engine`."
 

@@ -377,9 +377,12 @@ def run_convert(arguments) -> None:
     print(json.dumps(about) if arguments.json else line, flush=True)
 
 # %% ../nbs/15_library.ipynb #2ea30b02
-def measure_speed(advance, reset, vocab_size: int, prompt: int = 128, new: int = 16) -> dict[str, float]:
-    "Tokens a second, read and written: `advance(ids)` gives the logits after ids and keeps what it has computed until `reset()`."
-    ids = np.random.default_rng(0).integers(vocab_size // 2, vocab_size, prompt + new).tolist()
+def measure_speed(advance, reset, config: LlamaConfig) -> dict[str, float]:
+    """Tokens a second: of a prompt of 128 (or half the context) read, and of up to 16 more written. `advance(ids)` gives
+    the logits after ids, and keeps what it has computed until `reset()`."""
+    prompt = min(128, config.context_length // 2)
+    new = min(16, config.context_length - prompt)
+    ids = np.random.default_rng(0).integers(config.vocab_size // 2, config.vocab_size, prompt + new).tolist()
     def seconds(count):
         begin = time.perf_counter()
         advance(ids[:count])
@@ -475,13 +478,13 @@ def run_bench(arguments) -> None:
     with quiet_start():
         llm, threads = load(name, arguments.engine, arguments.dtype, arguments.context_length, arguments.threads), arguments.threads or os.cpu_count()
         bandwidth = read_bandwidth(threads)
-        speeds = {"llama_nb": measure_speed(llm.decoder.advance, llm.decoder.cached_ids.clear, llm.config.vocab_size)}
+        speeds = {"llama_nb": measure_speed(llm.decoder.advance, llm.decoder.cached_ids.clear, llm.config)}
     if arguments.vs:
         with contextlib.suppress(ImportError), tempfile.TemporaryDirectory() as folder, quiet_start():
             import llama_cpp
             write_random_gguf(Path(folder) / "peer.gguf", llm.config, {"int4": "Q4_0", "int8": "Q8_0"}[about["dtype"]])
             advance, reset = open_llama_cpp(Path(folder) / "peer.gguf", llm.config, threads, llm.config.context_length)
-            speeds["llama.cpp"] = measure_speed(advance, reset, llm.config.vocab_size)
+            speeds["llama.cpp"] = measure_speed(advance, reset, llm.config)
     limit = bandwidth / about["weights_bytes"]
     report = dict(path=about["path"], dtype=about["dtype"], cpu=cpu_name(), threads=threads, bandwidth=bandwidth, limit=limit, speeds=speeds)
     if arguments.json: return print(json.dumps(report), flush=True)
