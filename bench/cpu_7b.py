@@ -27,6 +27,7 @@ import numpy as np
 
 import peers
 from llama_nb.checkpoint import SIZES, LlamaConfig, fetch, open_checkpoint
+from llama_nb.library import write_random_gguf
 from machine import apart, bandwidth, cpu, missing, peak_memory, timed, usable_cores, version
 
 SMALL = "smollm2-135m-instruct"
@@ -100,8 +101,8 @@ class Contender:
 CONTENDERS = {
     "7B llama_nb int4": Contender(llama_nb, "ai-edge-litert", 4.33, 1, functools.partial(convert, dtype="int4")),
     "7B llama_nb int8": Contender(llama_nb, "ai-edge-litert", 8, 1, functools.partial(convert, dtype="int8")),
-    "7B llama.cpp Q4_0": Contender(peers.llama_cpp, "llama-cpp-python", 4.5, 2, functools.partial(peers.write_gguf, kind="Q4_0")),
-    "7B llama.cpp Q8_0": Contender(peers.llama_cpp, "llama-cpp-python", 8.5, 2, functools.partial(peers.write_gguf, kind="Q8_0")),
+    "7B llama.cpp Q4_0": Contender(peers.llama_cpp, "llama-cpp-python", 4.5, 2, functools.partial(write_random_gguf, kind="Q4_0")),
+    "7B llama.cpp Q8_0": Contender(peers.llama_cpp, "llama-cpp-python", 8.5, 2, functools.partial(write_random_gguf, kind="Q8_0")),
     "7B OpenVINO int4": Contender(peers.openvino, "openvino", 4.125, 1, functools.partial(peers.write_openvino, bits=4)),
     "7B OpenVINO int8": Contender(peers.openvino, "openvino", 8, 1, functools.partial(peers.write_openvino, bits=8)),
     "SmolLM2 llama_nb int4": Contender(llama_nb, "ai-edge-litert", 4.33, 1, functools.partial(convert, dtype="int4")),

@@ -1,5 +1,4 @@
 "What the benchmarks share: the machine they run on, its read bandwidth, and work in a process of its own."
-import concurrent.futures
 import importlib.metadata
 import json
 import os
@@ -10,7 +9,7 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
+from llama_nb.library import read_bandwidth
 
 FLAGS = ("avx2", "fma", "f16c", "avx512f", "avx512_bf16", "avx512_vnni", "amx_bf16", "amx_int8", "asimd", "i8mm", "sve")
 
@@ -43,12 +42,9 @@ def usable_cores():
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
-def bandwidth(threads, gigabytes=2, repeats=5):
-    "The most bytes a second that `threads` threads read from an array far larger than the caches."
-    array = np.ones(int(gigabytes * 1e9) // 4, np.float32)
-    parts = np.array_split(array, threads)
-    with concurrent.futures.ThreadPoolExecutor(threads) as pool:
-        return array.nbytes / min(timed(lambda: list(pool.map(np.max, parts)))[0] for _ in range(repeats))
+def bandwidth(threads):
+    "The most bytes a second that `threads` threads read from 2 GB, far more than the caches hold."
+    return read_bandwidth(threads, 2 * 10**9)
 
 
 def version(package):

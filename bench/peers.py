@@ -3,11 +3,7 @@
 Each peer yields nothing when its library is imported, then opens a model and yields one session for each setting worth trying: (setting, start over, ids -> logits of the last position).
 Only new ids are computed: each session keeps its cache of keys and values.
 """
-import re
-
 import numpy as np
-
-from llama_nb.checkpoint import GGUF_NAMES
 
 
 def session(compute, clear):
@@ -28,53 +24,6 @@ def session(compute, clear):
 
 
 # llama.cpp
-
-def gguf_name(name):
-    block, part = re.fullmatch(r"(?:layers\.(\d+)\.)?(.+)\.weight", name).groups()
-    theirs = next(theirs for theirs, ours in GGUF_NAMES.items() if ours == part)
-    return ("" if block is None else f"blk.{block}.") + theirs + ".weight"
-
-
-def write_gguf(path, config, kind, seed=0):
-    "A GGUF file of random weights, a tensor at a time: every matrix in blocks of `kind`, Q4_0 or Q8_0. It has no words, only ids."
-    import gguf
-    kind, rng = gguf.GGMLQuantizationType[kind], np.random.default_rng(seed)
-    values, size = gguf.GGML_QUANT_SIZES[kind]
-    spread = 4.6 if kind.name == "Q4_0" else 74     # of whole numbers drawn from all 16 or 256
-    scale = np.array([0.02 / spread], np.float16).view(np.uint8)
-    shapes = config.tensor_shapes()
-
-    def numbers(shape):
-        if len(shape) == 1:
-            return np.ones(shape, np.float32)
-        blocks = np.frombuffer(bytearray(rng.bytes(shape[0] * shape[1] // values * size)), np.uint8).reshape(-1, size)
-        blocks[:, :2] = scale
-        return blocks
-
-    writer = gguf.GGUFWriter(path, "llama")
-    writer.add_context_length(config.context_length)
-    writer.add_embedding_length(config.dim)
-    writer.add_block_count(config.n_layers)
-    writer.add_feed_forward_length(config.hidden_dim)
-    writer.add_head_count(config.n_heads)
-    writer.add_head_count_kv(config.n_kv_heads)
-    writer.add_layer_norm_rms_eps(config.norm_eps)
-    writer.add_rope_dimension_count(config.head_dim)
-    writer.add_rope_freq_base(config.rope_theta)
-    writer.add_vocab_size(config.vocab_size)
-    writer.add_tokenizer_model("none")
-    for name, shape in shapes.items():
-        count = np.prod(shape, dtype=int)
-        flat = len(shape) == 1
-        writer.add_tensor_info(gguf_name(name), shape, np.float32, 4 * count if flat else count // values * size,
-                               gguf.GGMLQuantizationType.F32 if flat else kind)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_ti_data_to_file()
-    for shape in shapes.values():
-        writer.write_tensor_data(numbers(shape))
-    writer.close()
-
 
 def llama_cpp(path, config, threads, context):
     import llama_cpp as api

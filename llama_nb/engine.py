@@ -689,10 +689,9 @@ class Engine:
         self.arrays = {length: pass_arrays(config, length) for length in LENGTHS}
         packed = PackedWeights(model, progress)
         buffers = {length: shared(arrays) for length, arrays in self.arrays.items()}
-        self.programs = [Program(model.path / name, packed.file(name), self.threads, buffers)
-                         for name in tqdm(packed.programs, "loading", unit="program", disable=None if progress else True)]
+        *self.blocks, self.head = [Program(model.path / name, packed.file(name), self.threads, buffers)
+                                   for name in tqdm(packed.programs, "loading", unit="program", disable=None if progress else True)]
         packed.save()
-        *self.blocks, self.head = self.programs
         self.cache = Cache(config, 1)
         self.rows([0], [0], [0], [0], self.cache)
 
@@ -727,14 +726,13 @@ class Batch:
 
     def advance(self, texts: Mapping[int, Sequence[int]]) -> dict[int, np.ndarray]:
         "texts: slot to ids. Returns slot to logits (vocab,)."
-        results, together = {}, []
+        results, together = {}, list(texts)
         for slot, ids in texts.items():
             known = min(common_prefix(ids, self.cached[slot]), len(ids) - 1)
             for start in range(known, len(ids) - 1, LENGTHS[-1]):
                 end = min(start + LENGTHS[-1], len(ids) - 1)
                 self.engine.rows(ids[start:end], [slot] * (end - start), range(start, end), [end - start - 1], self.cache)
             self.cached[slot] = list(ids)
-            together.append(slot)
         for first in range(0, len(together), LENGTHS[-1]):
             group = together[first:first + LENGTHS[-1]]
             ids, places = [texts[slot][-1] for slot in group], [len(texts[slot]) - 1 for slot in group]
