@@ -4,12 +4,12 @@
 __all__ = ['BYTES', 'COMMANDS', 'find_model', 'is_converted', 'open_model', 'cache_bytes', 'describe', 'choose_engine',
            'check_choice', 'load', 'check_threads', 'set_threads', 'UsageError', 'Parser', 'whole', 'some_text',
            'model_options', 'sampling_options', 'make_parser', 'read_prompt', 'sampling_of', 'load_for', 'stream_for',
-           'held_back', 'show_stream', 'make_report', 'peak_memory', 'as_size', 'format_report', 'run_generate',
-           'run_chat', 'read_lines', 'run_info', 'run_synth', 'run_convert', 'measure_speed', 'read_bandwidth',
-           'write_random_gguf', 'open_llama_cpp', 'run_bench', 'cpu_name', 'main']
+           'held_back', 'noticing_interrupts', 'show_stream', 'make_report', 'peak_memory', 'as_size', 'format_report',
+           'run_generate', 'run_chat', 'read_lines', 'run_info', 'run_synth', 'run_convert', 'measure_speed',
+           'read_bandwidth', 'write_random_gguf', 'open_llama_cpp', 'run_bench', 'cpu_name', 'main']
 
 # %% ../nbs/15_library.ipynb #c06d773a
-import argparse, collections, concurrent.futures, contextlib, dataclasses, json, math, os, platform, re, statistics, sys, tempfile, time
+import argparse, collections, concurrent.futures, contextlib, dataclasses, json, math, os, platform, re, signal, statistics, sys, tempfile, time
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -259,17 +259,32 @@ def held_back(tokenizer: Tokenizer, stream, shown: str) -> str:
     decoder = tokenizer.stream(stream.prompt_ids)
     return ("".join(map(decoder.push, stream.new_ids)) + decoder.finish())[len(shown):]
 
+@contextlib.contextmanager
+def noticing_interrupts(stream):
+    "Ctrl-C goes onto a list; it also interrupts the computation where no token was written yet, or when it is pressed again."
+    pressed = []
+    def notice(*_):
+        pressed.append(len(stream.new_ids))
+        if len(pressed) > 1 or not stream.new_ids: raise KeyboardInterrupt
+    before = signal.signal(signal.SIGINT, notice)
+    try: yield pressed
+    finally: signal.signal(signal.SIGINT, before)
+
+# %% ../nbs/15_library.ipynb #5e1f0c2a
 def show_stream(llm, stream, as_json: bool) -> str:
     "Prints a continuation as it comes, then how it went; returns its text."
     pieces = []
-    try:
-        for piece in stream:
-            pieces.append(piece)
-            if not as_json: print(piece, end="", flush=True)
-    except KeyboardInterrupt:
-        if stream.finish_reason is None:
-            pieces.append(held_back(llm.tokenizer, stream, "".join(pieces)))
-            if not as_json: print(pieces[-1], end="")
+    with noticing_interrupts(stream) as pressed:
+        try:
+            for piece in stream.steps:
+                pieces.append(piece)
+                if not as_json: print(piece, end="", flush=True)
+                if pressed: break
+        except (Exception, KeyboardInterrupt):
+            if not pressed: raise
+    if pressed and stream.finish_reason is None:
+        pieces.append(held_back(llm.tokenizer, stream, "".join(pieces)))
+        if not as_json: print(pieces[-1], end="")
         stream.finish_reason = "interrupted"
     text, report = "".join(pieces), make_report(llm, stream)
     if as_json:

@@ -1,5 +1,6 @@
 """The command line: what it prints and where, and one line with exit code 2 for every mistake of the user's."""
 import io
+import itertools
 import json
 import os
 import pickle
@@ -331,25 +332,34 @@ def test_interrupt_prints_what_it_has(monkeypatch):
     assert err.count(b"\n") == 1 and b"(interrupted)" in err
 
 
+def pressing_at(call, bard, monkeypatch, error=None):
+    "Ctrl-C is pressed while that token is computed; perhaps something on the way makes another error of it."
+    calls, advance = itertools.count(1), bard.decoder.advance
+    def pressed(ids):
+        if next(calls) == call:
+            try: signal.raise_signal(signal.SIGINT)
+            except KeyboardInterrupt: raise error or KeyboardInterrupt
+        return advance(ids)
+    monkeypatch.setattr(bard.decoder, "advance", pressed)
+
+
+@pytest.mark.parametrize("error", [None, RuntimeError("lost")])
+def test_interrupt_before_the_first_token(error, one_load, bard, monkeypatch, capsys):
+    pressing_at(1, bard, monkeypatch, error)
+    assert main("generate -m bard -p To --temp 0".split()) == 130
+    assert capsys.readouterr().out == "To\n"
+
+
 def test_interrupt_leaves_one_json_object(one_load, bard, monkeypatch, capsys):
-    class Interrupted(type(bard.stream("To", max_new_tokens=1))):
-        def __iter__(self):
-            yield next(self.pieces)
-            raise KeyboardInterrupt
-    def stream(*arguments, **sampling):
-        stream = type(bard).stream(bard, *arguments, **sampling)
-        stream.__class__ = Interrupted
-        return stream
-    monkeypatch.setattr(bard, "stream", stream, raising=False)
+    pressing_at(2, bard, monkeypatch)
     assert main("generate -m bard -p To -n 9 --temp 0 --json".split()) == 130
     answer = json.loads(capsys.readouterr().out)
     assert answer["finish_reason"] == "interrupted" and answer["new_tokens"] >= 1 and answer["text"]
 
 
 def test_interrupt_shows_what_is_held_back_for_a_stop_string(one_load, bard, monkeypatch, capsys):
-    whole, advance = bard.generate("To be", max_new_tokens=4, temperature=0), bard.decoder.advance
-    calls = iter([advance] * 4)
-    monkeypatch.setattr(bard.decoder, "advance", lambda ids: next(calls, lambda ids: signal.raise_signal(signal.SIGINT))(ids))
+    whole = bard.generate("To be", max_new_tokens=4, temperature=0)
+    pressing_at(4, bard, monkeypatch)
     assert main(["generate", "-m", "bard", "-p", "To be", "--temp", "0", "--stop", whole + "no, this never comes"]) == 130
     assert capsys.readouterr().out == f"To be{whole}\n"
 
