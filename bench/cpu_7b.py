@@ -26,7 +26,8 @@ from pathlib import Path
 import numpy as np
 
 import peers
-from llama_nb.checkpoint import SIZES, LlamaConfig, fetch, open_checkpoint
+from llama_nb.checkpoint import SIZES, LlamaConfig, fetch
+from llama_nb.forms import open_checkpoint
 from llama_nb.library import write_random_gguf
 from machine import apart, bandwidth, cpu, missing, peak_memory, timed, usable_cores, version
 

@@ -9,7 +9,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 _home = {
     "load": "library",
     "load_tokenizer": "tokenizer",
-    "open_checkpoint": "checkpoint",
+    "open_checkpoint": "forms",
     "Llama": "generation",
     "LlamaConfig": "checkpoint",
     "Sampler": "sampling",

@@ -22,7 +22,8 @@ import numba
 from tqdm import tqdm
 
 from .checkpoint import Checkpoint, CheckpointError, LazyTensor, LlamaConfig, cache_folder, check_file
-from .checkpoint import open_checkpoint, reading, sha256, written_whole
+from .checkpoint import reading, sha256, written_whole
+from .forms import open_checkpoint
 from .generation import Decoder, Llama, Stream, check_length, common_prefix
 from .quantization import BLOCK, Quantized, pack_int4, quantize_tensor, unpack_int4
 from .sampling import GenerationError, check_number

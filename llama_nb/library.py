@@ -15,8 +15,9 @@ from pathlib import Path
 
 import numpy as np
 
-from .checkpoint import GGUF_NAMES, PRESETS, SIZES, Checkpoint, CheckpointError, LlamaConfig
-from .checkpoint import bard_folder, fetch, open_checkpoint, synth
+from .checkpoint import PRESETS, SIZES, Checkpoint, CheckpointError, LlamaConfig
+from .checkpoint import bard_folder, fetch, synth
+from .forms import GGUF_NAMES, open_checkpoint
 from .reading import quiet_start
 from .sampling import GenerationError, Sampler, check_number
 from .tokenizer import Tokenizer, TokenizerError, load_tokenizer, synth_tokenizer

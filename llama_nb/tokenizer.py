@@ -14,7 +14,8 @@ from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from .checkpoint import CheckpointError, check_file, gguf_metadata
+from .checkpoint import CheckpointError, check_file
+from .forms import gguf_metadata
 
 # %% ../nbs/02_tokenizer.ipynb #58271936
 class TokenizerError(ValueError):

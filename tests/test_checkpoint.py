@@ -21,8 +21,10 @@ import numpy as np
 import pytest
 
 from llama_nb import checkpoint as module
-from llama_nb.checkpoint import (SIZES, Checkpoint, CheckpointError, LlamaConfig, Preset, RopeScaling, bard_folder, cached_file, download_package, fetch, open_checkpoint,
+from llama_nb.checkpoint import (SIZES, Checkpoint, CheckpointError, LlamaConfig, Preset, RopeScaling, bard_folder, cached_file, download_package, fetch,
                                  pickle_tensors, read_pickle, read_pth, synth, write_meta, write_pth)
+from llama_nb.forms import GGUF_NAMES as FROM_GGUF
+from llama_nb.forms import open_checkpoint
 
 CONFIG = LlamaConfig(dim=256, n_layers=1, n_heads=4, n_kv_heads=2, hidden_dim=256, vocab_size=8)
 Q_NAME = "layers.0.attention.wq.weight"
@@ -63,7 +65,7 @@ def save_npy(folder, arrays):
     return folder
 
 
-GGUF_NAMES = {meta: name for name, meta in module.GGUF_NAMES.items()}
+GGUF_NAMES = {meta: name for name, meta in FROM_GGUF.items()}
 
 
 def gguf_name(name):
@@ -677,7 +679,7 @@ def test_smollm2():
 
 
 def test_looking_at_a_checkpoint_loads_neither_tensorflow_nor_torch():
-    program = ("import sys; from llama_nb.checkpoint import *; open_checkpoint(bard_folder()).read('norm.weight');"
+    program = ("import sys; from llama_nb.checkpoint import *; from llama_nb.forms import *; open_checkpoint(bard_folder()).read('norm.weight');"
                "print(*sorted({'tensorflow', 'torch', 'keras', 'matplotlib', 'gguf', 'huggingface_hub'} & set(sys.modules)))")
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=Path(__file__).parent.parent)
     assert result.stdout.strip() == ""

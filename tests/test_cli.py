@@ -16,7 +16,8 @@ import numpy as np
 import pytest
 
 from llama_nb import checkpoint, library
-from llama_nb.checkpoint import LlamaConfig, bard_folder, open_checkpoint
+from llama_nb.checkpoint import LlamaConfig, bard_folder
+from llama_nb.forms import open_checkpoint
 from llama_nb.library import main
 from llama_nb.tokenizer import synth_tokenizer
 

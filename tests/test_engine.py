@@ -15,7 +15,8 @@ import pytest
 
 import llama_nb
 from llama_nb import engine
-from llama_nb.checkpoint import CheckpointError, LlamaConfig, bard_folder, open_checkpoint, sha256, write_meta
+from llama_nb.checkpoint import CheckpointError, LlamaConfig, bard_folder, sha256, write_meta
+from llama_nb.forms import open_checkpoint
 from llama_nb.engine import Batch, LiteRTLlama, PackedWeights, convert, guess, open_converted, open_dequantized, read_program
 from llama_nb.library import describe, find_model, load, main
 from llama_nb.model import build_model, load_weights

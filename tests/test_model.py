@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from keras import ops
 
-from llama_nb.checkpoint import CheckpointError, LazyTensor, LlamaConfig, open_checkpoint
+from llama_nb.checkpoint import CheckpointError, LazyTensor, LlamaConfig
+from llama_nb.forms import open_checkpoint
 from llama_nb.model import build_model, forward, load_weights, model_layers, read_weight, weight_variables
 from llama_nb.rope import adjacent_to_halves
 

@@ -5,7 +5,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from llama_nb.checkpoint import bard_folder, open_checkpoint
+from llama_nb.checkpoint import bard_folder
+from llama_nb.forms import open_checkpoint
 from llama_nb.quantization import (BLOCK, Quantized, agreement, divergence, held_out_text, log_softmax, measure_importance, pack_int4, perplexity, quantize,
                                    quantize_tensor, quantized, storable, unpack_int4, watch_blocks)
 

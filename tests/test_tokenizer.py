@@ -6,7 +6,8 @@ import zipfile
 import numpy as np
 import pytest
 
-from llama_nb.checkpoint import CheckpointError, bard_folder, cached_file, download_package, fetch, gguf_metadata
+from llama_nb.checkpoint import CheckpointError, bard_folder, cached_file, download_package, fetch
+from llama_nb.forms import gguf_metadata
 from llama_nb.tokenizer import (BYTE, CONTROL, NORMAL, UNKNOWN, USER_DEFINED, ByteLevelTokenizer, HandMadeBPE, Piece, SentencePieceTokenizer, TokenizerError,
                                 load_tokenizer, parse_model, show_tokens, synth_tokenizer)
 

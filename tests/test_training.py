@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from llama_nb import training
-from llama_nb.checkpoint import LlamaConfig, bard_folder, open_checkpoint, write_meta
+from llama_nb.checkpoint import LlamaConfig, bard_folder, write_meta
+from llama_nb.forms import open_checkpoint
 from llama_nb.model import build_model, load_weights, read_weight
 from llama_nb.tokenizer import SentencePieceTokenizer, synth_tokenizer
 from llama_nb.training import batches, bits_per_byte, compile_for_training, encode_texts, split_plays, train
