@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from llama_nb import checkpoint, library
+from llama_nb import checkpoint, engine, library
 from llama_nb.checkpoint import LlamaConfig, bard_folder
 from llama_nb.forms import open_checkpoint
 from llama_nb.library import main
@@ -261,7 +261,18 @@ def test_info(capsys):
     assert about["parameters"] == open_checkpoint(bard_folder()).config.n_parameters <= 5_000_000
     assert about["weights_bytes"] == 4 * about["parameters"] and about["tokenizer"] == "SentencePieceTokenizer"
     assert main(["info", "-m", "bard", "--dtype", "bfloat16", "-c", "64"]) == 0
-    assert re.search(r"context_length\s+64\n", capsys.readouterr().out)
+    shown = capsys.readouterr().out
+    assert re.search(r"context_length\s+64\n", shown) and "memory for 64 tokens" in shown
+    assert re.search(r"keras +float32 .* fits\n", shown) and shown.endswith("the most exact that fits: keras float32\n")
+
+
+def test_info_when_memory_is_short(capsys, monkeypatch):
+    monkeypatch.setattr(engine, "available_memory", lambda: 10_000_000)
+    assert main(["info", "bard"]) == 0
+    shown = capsys.readouterr().out
+    assert re.search(r"keras +float32 .* does not fit\n", shown) and shown.endswith("the most exact that fits: litert int8\n")
+    assert main(["info", "bard", "--json"]) == 0
+    assert [row["fits"] for row in json.loads(capsys.readouterr().out)["memory"]] == [False, False, True, True]
 
 
 @pytest.fixture

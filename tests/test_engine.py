@@ -327,7 +327,7 @@ def test_command_line(source, tmp_path, capsys):
     assert main(["convert", str(source), str(tmp_path / "it"), "--dtype", "int4", "--json"]) == 0
     about = json.loads(capsys.readouterr().out)
     assert about["engine"] == "litert" and about["dtype"] == "int4" and about == describe(tmp_path / "it")
-    assert main(["info", str(tmp_path / "it"), "-c", "32"]) == 0 and "cache for 32 tokens" in capsys.readouterr().out
+    assert main(["info", str(tmp_path / "it"), "-c", "32"]) == 0 and "memory for 32 tokens" in capsys.readouterr().out
     assert main(["generate", "-m", str(tmp_path / "it"), "-p", "a", "-n", "2", "--temp", "0", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["new_tokens"] == 2
     assert main(["convert", str(source), str(tmp_path / "it"), "--dtype", "int4"]) == 2
