@@ -14,6 +14,8 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+from llama_nb.checkpoint import LlamaConfig
+
 ROOT = Path(__file__).resolve().parent.parent
 MODULES = {f"llama_nb/{path.name}" for path in (ROOT / "llama_nb").glob("*.py")}
 BARD = {f"llama_nb/data/bard/{name}" for name in ("params.json", "consolidated.00.pth", "tokenizer.model")}
@@ -157,3 +159,13 @@ def test_colab_installs_the_package_first(notebook):
     install = [source for source in ("".join(cell["source"]) for cell in first) if "google.colab" in source]
     assert len(install) == 1, "one of the first cells installs the package where the notebook runs in Colab"
     assert "#| hide" in install[0] and f"git+{settings()['git_url']}" in install[0]
+
+
+SIZE = re.compile(r"\| (.+?) \| (\d+) \| (\d+) \| (\d+) \((\d+)\) \| (\d+) \| (\d+) \| (yes|no) \| ([\d,]+) \|")
+
+
+@pytest.mark.parametrize("row", SIZE.findall((ROOT / "book/families.md").read_text("utf-8")), ids=lambda row: row[0])
+def test_the_table_of_sizes_adds_up(row):
+    names = "dim n_layers n_heads n_kv_heads hidden_dim vocab_size".split()
+    config = LlamaConfig(**dict(zip(names, map(int, row[1:7]))), tied=row[7] == "yes")
+    assert config.n_parameters == int(row[8].replace(",", ""))
