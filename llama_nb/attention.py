@@ -24,16 +24,17 @@ def merge_heads(x):
     return ops.reshape(x, (batch, length, heads * head_dim))
 
 # %% ../nbs/05_attention.ipynb #62e2c7d3
-def causal_scores(q, k, start=0):
-    """`q · k / sqrt(head_dim)` in float32, and -inf where a query would look ahead:
-    (batch, heads, seq, places). q (batch, heads, seq, head_dim) stands at the places
-    `start`, `start + 1`, ...; k is (batch, kv_heads, places, head_dim)."""
+def causal_scores(q, k, start=0, window=None):
+    """`q · k / sqrt(head_dim)` in float32, and -inf where a query would look ahead, or `window`
+    places back or more: (batch, heads, seq, places). q (batch, heads, seq, head_dim) stands at
+    the places `start`, `start + 1`, ...; k is (batch, kv_heads, places, head_dim)."""
     batch, heads, length, head_dim = ops.shape(q)
     kv_heads, places = ops.shape(k)[1:3]
     grouped = ops.reshape(q, (batch, kv_heads, heads // kv_heads, length, head_dim))
     scores = ops.einsum("bkgqd,bkpd->bkgqp", grouped, k)
     scores = ops.cast(ops.reshape(scores, (batch, heads, length, places)), "float32")
-    visible = ops.arange(places) <= start + ops.expand_dims(ops.arange(length), 1)
+    distance = start + ops.expand_dims(ops.arange(length), 1) - ops.arange(places)
+    visible = distance >= 0 if window is None else (distance >= 0) & (distance < window)
     return ops.where(visible, scores * head_dim**-0.5, float("-inf"))
 
 # %% ../nbs/05_attention.ipynb #b60239b5
@@ -53,13 +54,15 @@ class Attention(keras.layers.Layer):
     without biases; (batch, seq, dim) to the same shape. `start`: the first token's place.
 
     `position(x, start=start)` turns queries and keys (batch, heads, seq, head_dim) by place.
-    `cache.update(k, v, start)` keeps keys and values, and gives those of all places yet."""
+    `cache.update(k, v, start)` keeps keys and values, and gives those of all places yet.
+    `window`: how many places a token sees, itself included; all without one."""
 
     def __init__(self, n_heads: int, n_kv_heads: int, head_dim: int, position=None,
-                 initializer="glorot_uniform", **kwargs):
+                 initializer="glorot_uniform", window: int | None = None, **kwargs):
         super().__init__(**kwargs)
         self.n_heads, self.n_kv_heads, self.head_dim = n_heads, n_kv_heads, head_dim
         self.position, self.initializer = position, keras.initializers.get(initializer)
+        self.window = window
 
     def build(self, input_shape):
         dim, options = input_shape[-1], (self.initializer, self.dtype_policy)
@@ -77,13 +80,13 @@ class Attention(keras.layers.Layer):
         q, k, v = (tap(f"{self.name}.{name}", z) for name, z in zip("qkv", (q, k, v)))
         if cache is not None:
             k, v = cache.update(k, v, start)
-        scores = tap(f"{self.name}.scores", causal_scores(q, k, start))
+        scores = tap(f"{self.name}.scores", causal_scores(q, k, start, self.window))
         weights = tap(f"{self.name}.weights", ops.softmax(scores, axis=-1))
         mixed = mix_values(ops.cast(weights, self.compute_dtype), v)
         return tap(self.name, self.wo(merge_heads(mixed)))
 
     def get_config(self):
-        names = "n_heads", "n_kv_heads", "head_dim", "position", "initializer"
+        names = "n_heads", "n_kv_heads", "head_dim", "position", "initializer", "window"
         serialize = keras.saving.serialize_keras_object
         return super().get_config() | {name: serialize(getattr(self, name)) for name in names}
 
