@@ -17,7 +17,7 @@ import numpy as np
 
 from .checkpoint import PRESETS, SIZES, Checkpoint, CheckpointError, LlamaConfig
 from .checkpoint import bard_folder, fetch, synth
-from .forms import GGUF_NAMES, open_checkpoint
+from .forms import GGUF_NAMES, open_checkpoint, their_names
 from .reading import quiet_start
 from .sampling import GenerationError, Sampler, check_number
 from .tokenizer import Tokenizer, TokenizerError, load_tokenizer, synth_tokenizer
@@ -456,7 +456,7 @@ def write_random_gguf(path: Path, config: LlamaConfig, kind: str) -> None:
     kind, rng = gguf.GGMLQuantizationType[kind], np.random.default_rng(0)
     values, size = gguf.GGML_QUANT_SIZES[kind]
     scale = np.array([0.02 / (4.6 if kind.name == "Q4_0" else 74)], np.float16).view(np.uint8)
-    writer, names = gguf.GGUFWriter(path, "llama"), {ours: theirs for theirs, ours in GGUF_NAMES.items()}
+    writer, names = gguf.GGUFWriter(path, "llama"), their_names(config, GGUF_NAMES, "blk")
     writer.add_context_length(config.context_length)
     writer.add_embedding_length(config.dim)
     writer.add_block_count(config.n_layers)
@@ -471,9 +471,7 @@ def write_random_gguf(path: Path, config: LlamaConfig, kind: str) -> None:
     shapes = config.tensor_shapes()
     for name, shape in shapes.items():
         count, flat = math.prod(shape), len(shape) == 1
-        block, part = re.fullmatch(r"(?:layers\.(\d+)\.)?(.+)\.weight", name).groups()
-        their_name = ("" if block is None else f"blk.{block}.") + names[part] + ".weight"
-        writer.add_tensor_info(their_name, shape, np.float32, 4 * count if flat else count // values * size,
+        writer.add_tensor_info(names[name], shape, np.float32, 4 * count if flat else count // values * size,
                                gguf.GGMLQuantizationType.F32 if flat else kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()

@@ -23,8 +23,7 @@ import pytest
 from llama_nb import checkpoint as module
 from llama_nb.checkpoint import (SIZES, Checkpoint, CheckpointError, LlamaConfig, Preset, RopeScaling, bard_folder, cached_file, download_package, fetch,
                                  pickle_tensors, read_pickle, read_pth, synth, write_meta, write_pth)
-from llama_nb.forms import GGUF_NAMES as FROM_GGUF
-from llama_nb.forms import open_checkpoint
+from llama_nb.forms import GGUF_NAMES, open_checkpoint
 
 CONFIG = LlamaConfig(dim=256, n_layers=1, n_heads=4, n_kv_heads=2, hidden_dim=256, vocab_size=8)
 Q_NAME = "layers.0.attention.wq.weight"
@@ -63,9 +62,6 @@ def save_npy(folder, arrays):
     for name, values in arrays.items():
         np.save(folder / f"{name}.npy", values)
     return folder
-
-
-GGUF_NAMES = {meta: name for name, meta in FROM_GGUF.items()}
 
 
 def gguf_name(name):
