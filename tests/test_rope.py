@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 from keras import ops
 
-from llama_nb.rope import RotaryEmbedding, adjacent_to_halves, halves_to_adjacent, rope_frequencies, rope_tables
+from llama_nb.forms import adjacent_to_halves, halves_to_adjacent
+from llama_nb.rope import RotaryEmbedding, rope_frequencies, rope_tables
 
 
 def turn_complex(x, start, theta):
