@@ -456,7 +456,7 @@ REPOSITORY = re.compile(r"(?:hf://)?([\w.-]+/[\w.-]+)(?:/([^@]+))?(?:@([^@]+))?"
 def fetch_repository(name: str, progress: bool = True) -> Path:
     """The folder of a repository on the Hub, `owner/name` or `hf://owner/name`, in the Hub's own
     cache; with `/FILE.gguf` behind it, that file; `@` names a revision."""
-    import huggingface_hub as hub
+    import huggingface_hub as hub, huggingface_hub.utils
     if not (parts := REPOSITORY.fullmatch(name)):
         raise CheckpointError(f"{name}: a repository should be named owner/name")
     repository, file, revision = parts.groups()

@@ -17,23 +17,28 @@ import numpy as np
 
 from .checkpoint import PRESETS, SIZES, Checkpoint, CheckpointError, LlamaConfig
 from .checkpoint import bard_folder, fetch, synth
-from .forms import GGUF_NAMES, open_checkpoint, their_names
+from .forms import GGUF_NAMES, REPOSITORY, fetch_repository, open_checkpoint, their_names
 from .reading import quiet_start
 from .sampling import GenerationError, Sampler, check_number
 from .tokenizer import Tokenizer, TokenizerError, load_tokenizer, synth_tokenizer
 
 # %% ../nbs/15_library.ipynb #0e2699e0
 def find_model(name, progress: bool = False) -> Path:
-    "The folder or file of a preset (bard, or one of `checkpoint.PRESETS`) or of a path."
+    """The folder or file of a preset (bard, or one of `checkpoint.PRESETS`), of a path, or of a repository on the
+    Hub (`owner/name` or `hf://owner/name`)."""
     if str(name) == "bard":
         return bard_folder()
     if str(name) in PRESETS:
         return fetch(str(name), progress)
     path = Path(name).expanduser()
-    if not path.exists():
-        presets = ", ".join(["bard", *PRESETS])
-        raise CheckpointError(f"{name}: no such file or folder, and not one of the presets {presets}")
-    return path
+    if path.exists(): return path
+    if REPOSITORY.fullmatch(str(name)):
+        try: return fetch_repository(str(name), progress)
+        except CheckpointError as error:
+            reason = str(error).removeprefix(f"{name}: ")
+            raise CheckpointError(f"{name}: no such file or folder; as a repository: {reason}") from None
+    presets = ", ".join(["bard", *PRESETS])
+    raise CheckpointError(f"{name}: no such file or folder, not one of the presets {presets}, and no owner/name on the Hub")
 
 # %% ../nbs/15_library.ipynb #0304f564
 def is_converted(path: Path) -> bool:

@@ -255,6 +255,12 @@ def test_chat_line_by_line(smollm2, monkeypatch, capsys):
     assert capsys.readouterr().err.count("4 written") == 2
 
 
+@pytest.mark.parametrize("name", ["nobody/nothing", "weights/7B.gguf", "hf://nobody/nothing"])
+def test_neither_here_nor_on_the_hub(name, complaint, monkeypatch, tmp_path):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert f"{name}: no such file or folder; as a repository: " in complaint("info", name)
+
+
 def test_info(capsys):
     assert main(["info", "bard", "--json"]) == 0
     about = json.loads(capsys.readouterr().out)
