@@ -290,7 +290,7 @@ GGUF_NAMES = {
     "feed_forward.w1": "ffn_gate", "feed_forward.w2": "ffn_down", "feed_forward.w3": "ffn_up",
 }
 
-# %% ../nbs/01b_forms.ipynb #06c9898b
+# %% ../nbs/01b_forms.ipynb #gguf-header
 @functools.lru_cache(maxsize=1)
 def parse_gguf(path: Path, changed: int, size: int):
     import gguf
@@ -307,7 +307,7 @@ def gguf_metadata(path, key: str, default=None):
     field = read_gguf(path).get_field(key)
     return default if field is None else field.contents()
 
-# %% ../nbs/01b_forms.ipynb #fa67d686
+# %% ../nbs/01b_forms.ipynb #gguf-tensor
 def dequantized(tensor) -> LazyTensor:
     "A GGUF tensor; quantized numbers become float32 when read. One row is tried now."
     import gguf
@@ -418,18 +418,17 @@ WEIGHT_FILES = (r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?",
 
 def needed_files(files: list[str], wanted: str | None = None) -> list[str]:
     "Those of a repository's files that one form of its weights needs."
-    if wanted in files:
-        return [wanted]
+    if wanted in files: return [wanted]
+    if wanted is not None: raise CheckpointError(f"the repository has no file {wanted}")
     small = [file for file in files if re.fullmatch(SMALL_FILES, file)]
     for form in WEIGHT_FILES:
         weights = [file for file in files if re.fullmatch(form, file)]
         if len(weights) > 1 and weights[0].endswith(".gguf"):
             raise CheckpointError("one file should be named after the repository, one of "
                                   f"{', '.join(weights)}")
-        if weights and wanted is None:
-            return small + weights
-    raise CheckpointError(f"{wanted or 'safetensors, pickles or one GGUF file'} was expected in "
-                          f"it, found {', '.join(files[:5]) or 'nothing'}")
+        if weights: return small + weights
+    raise CheckpointError("safetensors, pickles or one GGUF file was expected in it, "
+                          f"found {', '.join(files[:5]) or 'nothing'}")
 
 # %% ../nbs/01b_forms.ipynb #f4cef6b2
 HUB_REASONS = {
@@ -456,7 +455,7 @@ REPOSITORY = re.compile(r"(?:hf://)?([\w.-]+/[\w.-]+)(?:/([^@]+))?(?:@([^@]+))?"
 def fetch_repository(name: str, progress: bool = True) -> Path:
     """The folder of a repository on the Hub, `owner/name` or `hf://owner/name`, in the Hub's own
     cache; with `/FILE.gguf` behind it, that file; `@` names a revision."""
-    import huggingface_hub as hub, huggingface_hub.utils
+    import huggingface_hub as hub, huggingface_hub.errors, huggingface_hub.utils
     if not (parts := REPOSITORY.fullmatch(name)):
         raise CheckpointError(f"{name}: a repository should be named owner/name")
     repository, file, revision = parts.groups()
@@ -472,11 +471,11 @@ def fetch_repository(name: str, progress: bool = True) -> Path:
 def hub_snapshot(hub, repository: str, revision: str | None, file: str | None) -> Path:
     get = functools.partial(hub.snapshot_download, repository, revision=revision)
     try:
-        files = hub.HfApi().list_repo_files(repository, revision=revision)
+        listed = hub.HfApi().model_info(repository, revision=revision, timeout=10).siblings
     except (hub.errors.RepositoryNotFoundError, hub.errors.RevisionNotFoundError): raise
     except Exception:
         return Path(get(local_files_only=True, allow_patterns=[file or "config.json"]))
-    return Path(get(allow_patterns=needed_files(files, file)))
+    return Path(get(allow_patterns=needed_files([entry.rfilename for entry in listed], file)))
 
 @contextlib.contextmanager
 def silent(utils):
