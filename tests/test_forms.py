@@ -1,13 +1,19 @@
 "The other forms of a checkpoint: what Hugging Face, llama.cpp and the Hub give, and what we give them."
+import contextlib
 import dataclasses
+import hashlib
+import http.server
 import json
 import os
-import shutil
 import struct
+import subprocess
+import sys
+import threading
 import tracemalloc
+import urllib.parse
+from pathlib import Path
 
 import gguf
-import ml_dtypes
 import numpy as np
 import pytest
 
@@ -301,3 +307,98 @@ def test_transformers_reads_what_we_write(variant, transformers, tmp_path):
         again = open_checkpoint(tmp_path / size)
         assert again.config == config and all(again.read(name).tobytes() == source.read(name).tobytes() for name in source)
     assert len(list((tmp_path / "60KB").glob("*.safetensors"))) > 1
+
+
+# The Hub, played by this computer ------------------------------------------------------------------------------------------
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+@contextlib.contextmanager
+def hub(files, refuse=None):
+    "A stand-in for the Hub with one repository, somebody/tiny; `refuse`: a status and the Hub's code for what is wrong."
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            path = urllib.parse.unquote(urllib.parse.urlparse(self.path).path)
+            asked.append((self.command, path, self.headers.get("Authorization")))
+            if path.startswith("/api/models/somebody/tiny/tree/"):
+                content = json.dumps([dict(type="file", path=name, size=len(data), oid=hashlib.sha1(data).hexdigest()) for name, data in files.items()]).encode()
+            elif path.startswith("/api/models/somebody/tiny"): content = json.dumps(dict(id="somebody/tiny", sha=COMMIT, siblings=[dict(rfilename=name) for name in files])).encode()
+            else: content = files.get(path.removeprefix(f"/somebody/tiny/resolve/{COMMIT}/"))
+            status, code = (404, "RepoNotFound") if content is None else (200, None)
+            if refuse and ("/resolve/" in path or refuse[1] != "GatedRepo"): status, code, content = *refuse, b"{}"
+            self.send_response(status)
+            for header, value in {"Content-Length": len(content or b""), "ETag": f'"{hashlib.sha1(content or b"").hexdigest()}"', "X-Repo-Commit": COMMIT, "X-Error-Code": code, "Content-Type": "application/json"}.items():
+                if value is not None: self.send_header(header, str(value))
+            self.end_headers()
+            if self.command == "GET": self.wfile.write(content or b"")
+        do_HEAD = do_GET
+        def log_message(self, *_): pass
+    asked, server = [], http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try: yield f"http://127.0.0.1:{server.server_port}", asked
+    finally: server.shutdown(), server.server_close()
+
+
+def fetched(tmp_path, name, address="http://127.0.0.1:9", **environment):
+    "`fetch_repository` in a process of its own, as huggingface_hub reads its settings once: (path, None) or (None, the error's line)."
+    program = f"from llama_nb.forms import *\nfrom llama_nb.checkpoint import CheckpointError\ntry: print(fetch_repository({name!r}, False))\nexcept CheckpointError as error: print('!', error)"
+    settings = dict(HF_ENDPOINT=address, HF_HOME=str(tmp_path / "hub"), HF_HUB_DISABLE_TELEMETRY="1", HF_HUB_DISABLE_XET="1", no_proxy="127.0.0.1", HF_TOKEN="") | environment
+    result = subprocess.run([sys.executable, "-c", program], env={**os.environ, **settings}, capture_output=True, text=True, timeout=120, cwd=Path(__file__).parent.parent)
+    assert result.returncode == 0, result.stderr
+    [line] = result.stdout.splitlines()
+    return (None, line[2:]) if line.startswith("!") else (Path(line), None)
+
+
+def repository(folder):
+    "The files of a folder, and others that nobody needs."
+    return {path.name: path.read_bytes() for path in folder.iterdir()} | {"README.md": b"words", "onnx/model.onnx": b"x", "original/consolidated.00.pth": b"x", "tokenizer.json": b"{}",
+                                                                         "pytorch_model.bin": b"the same weights", "model.Q8_0.gguf": b"the same weights"}
+
+
+@pytest.mark.parametrize("name, shards", [("somebody/tiny", 1), ("hf://somebody/tiny", 3), (f"hf://somebody/tiny@{COMMIT}", 1)])
+def test_a_repository_is_fetched_once(name, shards, arrays, tmp_path):
+    folder = save_hf(tmp_path / "source", in_halves(CONFIG, arrays), shards=shards)
+    with hub(repository(folder)) as (address, asked):
+        path, error = fetched(tmp_path, name, address, HF_TOKEN="hf_secret")
+        assert error is None and sorted(os.listdir(path)) == sorted([*os.listdir(folder), "tokenizer.json"])
+        assert all(token == "Bearer hf_secret" for _, _, token in asked)
+        downloads = sum(method == "GET" and "/resolve/" in asked_path for method, asked_path, _ in asked)
+        assert downloads == len(os.listdir(path)) and fetched(tmp_path, name, address) == (path, None)
+        assert downloads == sum(method == "GET" and "/resolve/" in asked_path for method, asked_path, _ in asked)
+    checkpoint = open_checkpoint(path)
+    assert all(checkpoint.read(weight).tobytes() == values.tobytes() for weight, values in arrays.items())
+    for offline in (dict(HF_HUB_OFFLINE="1"), {}): assert fetched(tmp_path, name, **offline) == (path, None)
+
+
+def test_pickles_where_there_are_no_safetensors(arrays, tmp_path):
+    folder = save_hf(tmp_path / "source", in_halves(CONFIG, arrays), "pytorch_model.bin", 2)
+    with hub(repository(folder) | {"pytorch_model.bin": b""}) as (address, _):
+        path, _ = fetched(tmp_path, "somebody/tiny", address)
+    assert open_checkpoint(path).config == CONFIG
+
+
+def test_gguf_files(tmp_path):
+    write_gguf(tmp_path / "tiny.gguf", open_checkpoint(bard_folder()))
+    weights = (tmp_path / "tiny.gguf").read_bytes()
+    with hub({"tiny.Q8_0.gguf": weights, "README.md": b"words"}) as (address, _):
+        assert list(open_checkpoint(fetched(tmp_path, "somebody/tiny", address)[0])) == list(open_checkpoint(bard_folder()))
+    with hub({"tiny.Q8_0.gguf": weights, "tiny.Q4_0.gguf": weights}) as (address, _):
+        assert fetched(tmp_path, "somebody/tiny", address)[1] == "somebody/tiny: one file should be named after the repository, one of tiny.Q8_0.gguf, tiny.Q4_0.gguf"
+        assert fetched(tmp_path, "hf://somebody/tiny/tiny.Q4_0.gguf", address)[0].name == "tiny.Q4_0.gguf"
+        assert "has no file tiny.Q2_K.gguf" in fetched(tmp_path, "somebody/tiny/tiny.Q2_K.gguf", address)[1]
+
+
+@pytest.mark.parametrize("files, refuse, words", [
+    ({"README.md": b"words"}, None, "safetensors, pickles or one GGUF file was expected in it, found README.md"), ({"config.json": b"{}", "model.safetensors": b""}, (403, "GatedRepo"), "gated: ask for access"),
+    ({}, (401, "RepoNotFound"), "no such repository on the Hub"), ({}, (404, "RevisionNotFound"), "no such revision"), ({}, (500, None), "the Hub cannot be reached, and its cache here has no copy"),
+    (None, None, "the Hub cannot be reached, and its cache here has no copy")], ids=str)
+def test_what_the_hub_does_not_give(files, refuse, words, tmp_path):
+    with contextlib.nullcontext(("http://127.0.0.1:9", [])) if files is None else hub(files, refuse) as (address, _):
+        path, error = fetched(tmp_path, "somebody/tiny", address)
+    assert path is None and error.startswith("somebody/tiny: ") and words in error
+
+
+@pytest.mark.parametrize("name", ["tiny", "a/b/c/d@e@f", "hf://tiny", "../..", "https://somebody/tiny", ""])
+def test_names_that_no_repository_has(name):
+    assert complaint(module.fetch_repository, name).startswith(f"{name}: ")
