@@ -7,8 +7,8 @@ __all__ = ['LENGTHS', 'ALIGNMENT', 'CALIBRATION', 'FORMAT', 'DTYPES', 'TOGETHER'
            'normed', 'turn', 'store', 'attend', 'Cache', 'cache_bytes', 'attend_rows', 'block_pass', 'calibration_text',
            'balance', 'balance_block', 'head_tensors', 'embedding_table', 'program_names', 'file_sizes', 'file_writers',
            'to_json', 'digest', 'alone_in', 'begin', 'check_disk', 'tokenizer_file', 'gguf_file', 'copy_tokenizer',
-           'copy_metadata', 'describe_job', 'check_vocabulary', 'check_blocks', 'convert', 'Converted',
-           'open_converted', 'check_contents', 'open_dequantized', 'machine', 'states', 'PackedWeights',
+           'copy_metadata', 'describe_job', 'check_vocabulary', 'steady_checkpoint', 'check_blocks', 'convert',
+           'Converted', 'open_converted', 'check_contents', 'open_dequantized', 'machine', 'states', 'PackedWeights',
            'available_memory', 'check_memory', 'fitting', 'Engine', 'Batch', 'guess', 'PromptLookup', 'write_together',
            'LiteRTLlama']
 
@@ -21,7 +21,7 @@ import numpy as np
 import numba
 from tqdm import tqdm
 
-from .checkpoint import Checkpoint, CheckpointError, LazyTensor, LlamaConfig, cache_folder, check_file
+from .checkpoint import Checkpoint, CheckpointError, LazyTensor, LlamaConfig, RopeScaling, cache_folder, check_file
 from .checkpoint import reading, sha256, written_whole
 from .forms import open_checkpoint
 from .generation import Decoder, Llama, Stream, check_length, common_prefix
@@ -297,10 +297,11 @@ def cache_bytes(config: LlamaConfig, slots: int = 1) -> int:
 
 # %% ../nbs/11_cpu_7b.ipynb #f250e2ff
 @numba.njit(parallel=True, fastmath=True, cache=True)
-def attend_rows(qkv, slots, places, cos, sin, keys, key_scales, values, value_scales, mixed):
+def attend_rows(qkv, slots, places, cos, sin, keys, key_scales, values, value_scales, mixed, window=2**31):
     """Attention for one block. Each row of `qkv`, (rows, (heads + 2 kv_heads) * head_dim), is a token at its place of the text in its slot.
 
-    keys, values: int8 (slots, kv_heads, context, head_dim) with scales (slots, kv_heads, context); `mixed` (rows, heads * head_dim) is the result."""
+    keys, values: int8 (slots, kv_heads, context, head_dim) with scales (slots, kv_heads, context); `mixed` (rows, heads * head_dim) is the result.
+    A token sees the last `window` places, its own included."""
     rows, (_, kv_heads, context, width) = len(places), keys.shape
     heads = qkv.shape[1] // width - 2 * kv_heads
     group = heads // kv_heads
@@ -315,12 +316,12 @@ def attend_rows(qkv, slots, places, cos, sin, keys, key_scales, values, value_sc
         weights = np.empty(context, np.float32)
         for row in range(rows):
             slot, place = slots[row], places[row]
-            seen = place + 1
+            first, end = max(0, place + 1 - window), place + 1
             for head in range(kv_head * group, (kv_head + 1) * group):
                 query, result = qkv[row, head * width:(head + 1) * width], mixed[row, head * width:(head + 1) * width]
                 turn(query, cos[place], sin[place])
-                attend(query, keys[slot, kv_head, :seen], key_scales[slot, kv_head], values[slot, kv_head, :seen],
-                       value_scales[slot, kv_head], weights, result)
+                attend(query, keys[slot, kv_head, first:end], key_scales[slot, kv_head, first:end], values[slot, kv_head, first:end],
+                       value_scales[slot, kv_head, first:end], weights, result)
 
 # %% ../nbs/11_cpu_7b.ipynb #40cc0785
 def block_pass(x: np.ndarray, weights: Mapping[str, np.ndarray], config: LlamaConfig, angles: np.ndarray) -> tuple[np.ndarray, dict]:
@@ -329,7 +330,7 @@ def block_pass(x: np.ndarray, weights: Mapping[str, np.ndarray], config: LlamaCo
     into_qkv = normed(x, weights["attention_norm"], config.norm_eps)
     qkv, mixed = into_qkv @ weights["wqkv"].T, np.empty_like(x)
     cache, = Cache(dataclasses.replace(config, n_layers=1, context_length=count), 1).blocks
-    attend_rows(qkv, np.zeros(count, np.int32), np.arange(count, dtype=np.int32), *angles, *cache, mixed)
+    attend_rows(qkv, np.zeros(count, np.int32), np.arange(count, dtype=np.int32), *angles, *cache, mixed, config.sliding_window or count)
     x = x + mixed @ weights["wo"].T
     into_w13 = normed(x, weights["ffn_norm"], config.norm_eps)
     gate, up = np.split(into_w13 @ weights["w13"].T, 2, axis=-1)
@@ -389,7 +390,7 @@ def file_writers(read: Callable, config: LlamaConfig, dtype: str, ids: Sequence[
     "Each file's name and `write(path)`, one after the other; `ids`: a text that shows how large features get."
     from llama_nb.rope import rope_tables
     table = embedding_table(read, dtype)
-    x, angles = table["values"][ids] * table["scale"][ids, None], np.stack(rope_tables(config.context_length, config.head_dim, config.rope_theta))
+    x, angles = table["values"][ids] * table["scale"][ids, None], np.stack(rope_tables(config.context_length, config.head_dim, config.rope_theta, config.rope_scaling))
     yield "tok_embeddings.npy", lambda path: np.save(path, table)
     yield "rope.npy", lambda path: np.save(path, angles)
 
@@ -506,6 +507,13 @@ def check_vocabulary(path: Path, tokenizer: Tokenizer, config: LlamaConfig) -> N
     if config.vocab_size != tokenizer.vocab_size:
         raise CheckpointError(f"{path}: the tokenizer has {tokenizer.vocab_size} pieces, the embedding {config.vocab_size} rows")
 
+def steady_checkpoint(checkpoint: Checkpoint) -> Checkpoint:
+    "With no more context than positions have fixed angles in."
+    from llama_nb.rope import steady_length
+    longest = steady_length(checkpoint.config.rope_scaling) or checkpoint.config.context_length
+    config = dataclasses.replace(checkpoint.config, context_length=min(longest, checkpoint.config.context_length))
+    return Checkpoint(checkpoint.path, config, checkpoint)
+
 def check_blocks(path: Path, config: LlamaConfig, dtype: str) -> None:
     "Refuses a width that doesn't divide into the blocks of int4."
     if dtype == "int4" and config.dim % BLOCK:
@@ -517,13 +525,14 @@ FORMAT, DTYPES = 1, ("int8", "int4")
 def convert(source, folder, dtype: str = "int8", progress: bool = False) -> Path:
     """Writes a checkpoint as quantized LiteRT programs, `dtype` int8 or int4, a tensor at a time.
 
-    Files appear whole, the manifest last. If it is interrupted, the same call goes on where it was.
+    Files appear whole, the manifest last. If it is interrupted, the same call goes on where it was. A model whose
+    positions follow the length of the text (chapter 6's dynamic kind) gets the context in which they don't.
     Raises CheckpointError or TokenizerError."""
     if dtype not in DTYPES:
         raise GenerationError(f"dtype should be {' or '.join(DTYPES)}, found {dtype!r}")
     source, folder = Path(source).expanduser(), Path(folder).expanduser()
     tokenizer = load_tokenizer(source)
-    checkpoint = open_checkpoint(source, tokenizer.vocab_size)
+    checkpoint = steady_checkpoint(open_checkpoint(source, tokenizer.vocab_size))
     config = checkpoint.config
     check_vocabulary(source, tokenizer, config)
     check_blocks(source, config, dtype)
@@ -572,7 +581,8 @@ def open_converted(folder) -> Converted:
             raise CheckpointError(f"format {content['format']} is newer than this llama_nb knows ({FORMAT})")
         if content.pop("digest") != digest(content):
             raise CheckpointError("changed by hand: its digest does not fit its content")
-        config = LlamaConfig(**content["config"])
+        scaling = content["config"].get("rope_scaling")
+        config = LlamaConfig(**content["config"] | dict(rope_scaling=scaling and RopeScaling(**scaling)))
     for name, expected in content["files"].items():
         with reading(folder / name):
             if (found := check_file(folder / name).stat().st_size) != expected["bytes"]:
@@ -702,10 +712,11 @@ class Engine:
         count, length = len(ids), fitting(len(ids))
         arrays, slots, places = self.arrays[length], np.asarray(slots, np.int32), np.asarray(places, np.int32)
         records = self.table[np.asarray(ids)]
+        window = self.config.sliding_window or self.config.context_length
         np.multiply(records["values"], records["scale"][:, None], out=arrays["x"][:count])
         for block, kept in zip(self.blocks, cache.blocks):
             block.run(f"before_{length}")
-            attend_rows(arrays["qkv"], slots, places, self.cos, self.sin, *kept, arrays["mixed"])
+            attend_rows(arrays["qkv"], slots, places, self.cos, self.sin, *kept, arrays["mixed"], window)
             block.run(f"after_{length}")
         last = self.arrays[fitting(len(wanted))]
         last["x"][:len(wanted)] = arrays["x"][wanted]

@@ -63,10 +63,12 @@ def check_length(ids: Sequence[int], context_length: int) -> None:
 # %% ../nbs/09_generation.ipynb #e8662eb9
 class Decoder:
     """Knows what the cache of a `step` holds, and computes only what is new. A long prompt is
-    computed in pieces of `chunk` tokens, which bounds the memory that it takes."""
+    computed in pieces of `chunk` tokens, which bounds the memory that it takes. A text that is
+    longer than `steady` is computed whole each time (chapter 6's `steady_length`)."""
 
-    def __init__(self, step: Callable, context_length: int, chunk: int = 256):
+    def __init__(self, step: Callable, context_length: int, chunk: int = 256, steady: int | None = None):
         self.step, self.context_length, self.chunk, self.cached_ids = step, context_length, chunk, []
+        self.steady = context_length if steady is None else steady
 
     def advance(self, ids: Sequence[int]) -> np.ndarray:
         "The logits (vocab,) after `ids`."
@@ -76,23 +78,25 @@ class Decoder:
         "The logits (count, vocab) after each of the last `count` of `ids`."
         ids, rows = list(ids), []
         check_length(ids, self.context_length)
-        first = len(ids) - count
-        known = min(common_prefix(ids, self.cached_ids), first)
+        first, steady = len(ids) - count, len(ids) <= self.steady
+        known = min(common_prefix(ids, self.cached_ids), first) if steady else 0
+        chunk = self.chunk if steady else len(ids)
         self.cached_ids = ids[:known]
-        for start in range(known, len(ids), self.chunk):
-            end = min(start + self.chunk, len(ids))
+        for start in range(known, len(ids), chunk):
+            end = min(start + chunk, len(ids))
             last = max(end - max(start, first), 1)
             logits = self.step(np.array([ids[start:end]], "int32"), np.int32(start), np.int32(last))
-            self.cached_ids = ids[:end]
+            if steady: self.cached_ids = ids[:end]
             if end > first: rows.append(np.asarray(logits))
         return np.concatenate(rows)
 
 def cached_decoder(model: "keras.Model", config: LlamaConfig, chunk: int = 256) -> Decoder:
     "The decoder of a Keras model."
     from llama_nb.model import model_layers
+    from llama_nb.rope import steady_length
     layers = model_layers(model)
     caches = [LayerCache(config, layers["norm"].compute_dtype) for _ in range(config.n_layers)]
-    return Decoder(compile_step(layers, caches), config.context_length, chunk)
+    return Decoder(compile_step(layers, caches), config.context_length, chunk, steady_length(config.rope_scaling))
 
 # %% ../nbs/09_generation.ipynb #c651e3fb
 def split_at_stop(text: str, stop: Sequence[str]) -> tuple[str, str, bool]:

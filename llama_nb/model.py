@@ -22,10 +22,10 @@ def make_layers(config: LlamaConfig, dtype: str = "float32", initializer="zeros"
     "The layers of a LLaMA by name, in the order of the pass; all attentions share one rotary embedding."
     same = dict(initializer=keras.initializers.get(initializer), dtype=dtype)
     heads = config.n_heads, config.n_kv_heads, config.head_dim
-    position = RotaryEmbedding(config.head_dim, config.context_length, config.rope_theta, name="rope", dtype=dtype)
+    position = RotaryEmbedding(config.head_dim, config.context_length, config.rope_theta, config.rope_scaling, name="rope", dtype=dtype)
     layers = [TokenEmbedding(config.vocab_size, config.dim, name="tok_embeddings", **same)]
     for name in (f"layers.{index}" for index in range(config.n_layers)):
-        attention = Attention(*heads, position, name=f"{name}.attention", **same)
+        attention = Attention(*heads, position, window=config.sliding_window, name=f"{name}.attention", **same)
         feed_forward = FeedForward(config.hidden_dim, name=f"{name}.feed_forward", **same)
         layers.append(Block(attention, feed_forward, config.norm_eps, name=name, dtype=dtype))
     layers.append(RMSNorm(config.norm_eps, name="norm", dtype=dtype))
