@@ -22,7 +22,8 @@ from machine import apart, bandwidth, cpu, missing, timed, usable_cores
 
 LLAMA = dict(norm="RMSNorm", positions="RoPE", feed_forward="SwiGLU", biases=False, grouped=True)
 GPT = dict(norm="LayerNorm", positions="learned", feed_forward="GELU", biases=True, grouped=False)
-RUNS = {"GPT": GPT, "LLaMA": LLAMA} | {f"LLaMA, but {name} as GPT": LLAMA | {name: GPT[name]} for name in LLAMA}
+SWAPS = {"LayerNorm for RMSNorm": "norm", "learned positions for RoPE": "positions", "GELU for SwiGLU": "feed_forward", "biases": "biases", "no grouped queries": "grouped"}
+RUNS = {"GPT": GPT, "LLaMA": LLAMA, "LLaMA, another seed": LLAMA} | {f"LLaMA, {swap}": LLAMA | {part: GPT[part]} for swap, part in SWAPS.items()}
 
 
 # The models: chapter 7's with its parts exchanged.
@@ -123,12 +124,13 @@ def ablations(arguments):
     for name, parts in RUNS.items():
         if name in record["runs"]:
             continue
-        sized = same_size(config, parts)
+        sized, seed = same_size(config, parts), arguments.seed + (name == "LLaMA, another seed")
         state = out.parent / f".{out.stem}.{list(RUNS).index(name)}.npz"
-        model, log = train(sized, tokenizer, texts, held_out, arguments.steps, batch_size, dropout=arguments.dropout, seed=arguments.seed, state=state,
+        model, log = train(sized, tokenizer, texts, held_out, arguments.steps, batch_size, dropout=arguments.dropout, seed=seed, state=state,
                            measure_every=max(1, arguments.steps // 10), progress=sys.stderr.isatty(),
                            build=lambda config, initializer: build_variant(config, parts, initializer))
-        record["runs"][name] = dict(parts=parts, parameters=model.count_params(), hidden_dim=sized.hidden_dim) | log
+        record["runs"][name] = dict(parts=parts, parameters=model.count_params(), hidden_dim=sized.hidden_dim, loss=log["training"][-1]["loss"],
+                                    held_out=log["held_out"], **log["clock"])
         out.write_text(json.dumps(record, indent=1))
         state.unlink()
         print(f"{name:40} {model.count_params():>10,} parameters  {log['held_out'][-1]['bits_per_byte']:.3f} bits per byte", flush=True)

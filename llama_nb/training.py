@@ -3,12 +3,12 @@
 # %% auto #0
 __all__ = ['CORPUS', 'CORPUS_SHA256', 'HELD_OUT', 'BARD', 'SHAPES', 'fetch_corpus', 'fetch_shakespeare', 'split_plays',
            'train_tokenizer', 'encode_texts', 'batches', 'compile_for_training', 'bits_per_byte', 'TrainingLog',
-           'dropping', 'save_state', 'load_state', 'Backup', 'Progress', 'train', 'show_samples', 'unfinished',
-           'train_folder', 'train_bard', 'read_corpus', 'seconds_per_step', 'train_corpus', 'projections', 'add_lora',
+           'dropping', 'save_state', 'load_state', 'Backup', 'Progress', 'train', 'unfinished', 'train_folder',
+           'train_bard', 'read_corpus', 'seconds_per_step', 'train_corpus', 'projections', 'add_lora',
            'adapter_variables', 'save_lora', 'load_lora', 'merge_lora']
 
 # %% ../nbs/12_training.ipynb #d0ead9dc
-import dataclasses, io, json, math, shutil, tarfile, time, zipfile
+import dataclasses, io, json, math, shutil, tarfile, time, zipfile, zlib
 from operator import attrgetter
 from pathlib import Path
 
@@ -218,7 +218,7 @@ def train(config: LlamaConfig, tokenizer: Tokenizer, texts: list[str], held_out:
     log = TrainingLog(lambda model: dict(bits_per_byte=cost(model)) | measure(model), steps, measure_every)
     callbacks = [log]
     if state is not None:
-        settings = dataclasses.asdict(config) | dict(steps=steps, batch_size=batch_size, peak=peak, dropout=dropout, seed=seed, tokens=len(ids))
+        settings = dataclasses.asdict(config) | dict(steps=steps, batch_size=batch_size, peak=peak, dropout=dropout, seed=seed, text=zlib.crc32(ids))
         backup = Backup(state, [*model.weights, *model.optimizer.variables, generator.state], log, settings, save_minutes)
         if backup.path.exists(): backup.resume()
         callbacks.append(backup)
@@ -228,16 +228,6 @@ def train(config: LlamaConfig, tokenizer: Tokenizer, texts: list[str], held_out:
         with listening(dropping(dropout, generator) if dropout else None):
             model.fit(data, steps_per_epoch=steps - done, callbacks=callbacks, verbose=0, shuffle=False)
     return model, log.rows
-
-# %% ../nbs/12_training.ipynb #5fe0371b
-def show_samples(held_out: list[dict]):
-    "What a model wrote at several steps of its training, side by side: a table in Markdown."
-    from IPython.display import Markdown
-    rows = [row for row in held_out if "sample" in row]
-    cell = lambda text: text.strip().replace("|", "\\|").replace("*", "\\*").replace("[", "\\[").replace("\n", "<br>")
-    lines = (("step {step:,}<br>{bits_per_byte:.2f} bits per byte".format(**row) for row in rows), ("---" for _ in rows),
-             (cell(row["sample"]) for row in rows))
-    return Markdown("\n".join("| " + " | ".join(line) + " |" for line in lines))
 
 # %% ../nbs/12_training.ipynb #7f4cdd0f
 BARD = LlamaConfig.from_params(dict(
@@ -253,7 +243,7 @@ def train_folder(folder, config: LlamaConfig, texts: list[str], held_out: list[s
     """Trains a tokenizer and a LLaMA, or goes on with it, and leaves them in `folder`; returns the log, which is `training.json` there:
     losses, and at each measurement the held-out cost and how the model goes on from `opening`. `options`: `train`'s."""
     folder, kept = Path(folder), unfinished(folder)
-    check_room(folder, 20 * config.n_parameters)
+    check_room(folder, 30 * config.n_parameters)
     kept.mkdir(parents=True, exist_ok=True)
     if not (file := kept / "tokenizer.model").exists():
         with written_whole(file) as part: part.write_bytes(train_tokenizer(texts, config.vocab_size))
@@ -303,7 +293,7 @@ def seconds_per_step(config: LlamaConfig, batch_size: int, count: int = 5) -> fl
 
 # %% ../nbs/12_training.ipynb #886ac77e
 def train_corpus(corpus, folder, preset: str = "bard", minutes: float | None = None, seed: int = 0, progress: bool = False) -> dict:
-    """Trains a tokenizer and a model of a preset's shape on a text file or a folder of them, in about so many minutes (without: ten
+    """Trains a tokenizer and a model of a preset's shape on a text file or a folder of them, in about so many minutes (without: about ten
     passes), and leaves both in `folder` in Meta's layout. Called again after an interruption, it goes on. Returns how it went."""
     if preset not in SHAPES: raise CheckpointError(f"the preset should be one of {', '.join(SHAPES)}, found {preset}")
     config, state, (texts, held_out) = SHAPES[preset], unfinished(folder) / "state.npz", read_corpus(corpus)
