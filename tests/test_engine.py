@@ -15,7 +15,7 @@ import pytest
 
 import llama_nb
 from llama_nb import engine
-from llama_nb.checkpoint import CheckpointError, LlamaConfig, bard_folder, sha256, write_meta
+from llama_nb.checkpoint import CheckpointError, LlamaConfig, RopeScaling, bard_folder, sha256, write_meta
 from llama_nb.forms import open_checkpoint
 from llama_nb.engine import Batch, LiteRTLlama, PackedWeights, convert, guess, open_converted, open_dequantized, read_program
 from llama_nb.library import describe, find_model, load, main
@@ -109,6 +109,31 @@ def test_300_positions_of_smollm2(cache, tmp_path_factory):
     assert np.abs(found - expected).max() <= 5.0
     assert np.median(np.abs(found - expected).max(axis=-1)) <= 1.5
     assert (found.argmax(-1) == expected.argmax(-1)).mean() >= 0.9
+
+
+def test_scaled_positions_and_a_window(tmp_path):
+    "bard with positions of another kind, beyond its trained length, against the Keras model of the same weights."
+    bard = open_checkpoint(bard_folder())
+    config = dataclasses.replace(bard.config, context_length=512, rope_scaling=RopeScaling("llama3", 4.0, 256), sliding_window=100)
+    write_meta(tmp_path / "bard", config, bard.read, (bard_folder() / "tokenizer.model").read_bytes())
+    llm = load(convert(tmp_path / "bard", tmp_path / "int8"))
+    oracle = load_weights(build_model(config), open_dequantized(open_converted(tmp_path / "int8")))
+    ids = llm.tokenizer.encode((Path(llama_nb.__file__).parent / "data" / "macbeth.txt").read_text())[:300]
+    found, expected = llm.logits(ids), np.asarray(oracle(np.array([ids])))[0]
+    assert llm.config == config and np.abs(found - expected).max() <= 0.08 * np.abs(expected).max()
+    assert (found.argmax(-1) == expected.argmax(-1)).mean() >= 0.97
+    llm.decoder.cached_ids = []
+    alone = np.array([llm.decoder.advance(ids[:end]) for end in (150, 151, 300)])
+    assert np.abs(alone - found[[149, 150, 299]]).max() <= 1e-3
+
+
+@pytest.mark.parametrize("scaling, context", [(RopeScaling("dynamic", 4.0, 256), 256), (RopeScaling("linear", 4.0), 1024)], ids=str)
+def test_a_context_of_steady_positions(tmp_path, scaling, context):
+    bard = open_checkpoint(bard_folder())
+    config = dataclasses.replace(bard.config, context_length=1024, rope_scaling=scaling)
+    write_meta(tmp_path / "bard", config, bard.read)
+    found = engine.steady_checkpoint(open_checkpoint(tmp_path / "bard"))
+    assert found.config == dataclasses.replace(config, context_length=context)
 
 
 # What the object does is the same.

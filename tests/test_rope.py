@@ -5,7 +5,8 @@ import pytest
 from keras import ops
 
 from llama_nb.forms import adjacent_to_halves, halves_to_adjacent
-from llama_nb.rope import RotaryEmbedding, rope_frequencies, rope_tables
+from llama_nb.checkpoint import RopeScaling
+from llama_nb.rope import RotaryEmbedding, rope_frequencies, rope_tables, steady_length
 
 
 def turn_complex(x, start, theta):
@@ -74,10 +75,39 @@ def test_compiled_once_for_every_start():
     assert turn.experimental_get_tracing_count() == 1
 
 
-def test_config_round_trip():
-    rope = RotaryEmbedding(8, 32, 500.0)
+SCALINGS = {"linear": RopeScaling("linear", 4.0), "dynamic": RopeScaling("dynamic", 2.0, 16), "llama3": RopeScaling("llama3", 8.0, 16), "other bands": RopeScaling("llama3", 32.0, 64, 0.5, 8.0)}
+
+
+@pytest.mark.parametrize("scaling", [None, *SCALINGS.values()], ids=str)
+def test_config_round_trip(scaling):
+    rope = RotaryEmbedding(8, 32, 500.0, scaling)
     again = keras.saving.deserialize_keras_object(keras.saving.serialize_keras_object(rope))
-    assert np.array_equal(again(random(1, 1, 3, 8)), rope(random(1, 1, 3, 8)))
+    assert again.scaling == scaling and np.array_equal(again(random(1, 1, 30, 8)), rope(random(1, 1, 30, 8)))
+
+
+@pytest.mark.parametrize("scaling", SCALINGS.values(), ids=SCALINGS)
+@pytest.mark.parametrize("start, length", [(0, 1), (0, 16), (0, 17), (0, 31), (15, 1), (16, 1), (9, 22)])
+def test_a_scaled_layer_turns_by_the_scaled_speeds(scaling, start, length):
+    x = random(1, 2, length, 64)
+    pairs = (x[..., 0::2] + 1j * x[..., 1::2]) * np.exp(1j * np.outer(start + np.arange(length), rope_frequencies(64, 500.0, scaling, start + length)))
+    expected = np.stack([pairs.real, pairs.imag], axis=-1).reshape(x.shape)
+    np.testing.assert_allclose(RotaryEmbedding(64, 32, 500.0, scaling)(x, start=start), expected, atol=2e-6)
+
+
+def test_dynamic_speeds_are_compiled_once():
+    import tensorflow as tf
+    rope, x = RotaryEmbedding(8, 32, scaling=SCALINGS["dynamic"]), random(1, 1, 2, 8)
+    turn = tf.function(lambda start: rope(x, start=start), input_signature=[tf.TensorSpec((), "int32")])
+    for start in (0, 14, 15, 30):
+        np.testing.assert_allclose(turn(start), rope(x, start=start), atol=1e-6)
+    assert turn.experimental_get_tracing_count() == 1
+
+
+def test_only_dynamic_speeds_follow_the_length():
+    assert [steady_length(scaling) for scaling in (None, *SCALINGS.values())] == [None, None, 16, None, None]
+    for name, scaling in SCALINGS.items():
+        short, trained, long = (rope_frequencies(64, scaling=scaling, length=length) for length in (3, 16, 100))
+        assert np.array_equal(short, trained) and np.array_equal(trained, long) == (name != "dynamic")
 
 
 @pytest.mark.parametrize("n_heads, head_dim", [(1, 2), (3, 8), (9, 64)])
@@ -102,3 +132,34 @@ def test_transformers_turns_the_same_after_the_permutation(theta):
     q, k = (torch.tensor(np.ascontiguousarray(split(adjacent_to_halves(matrix, heads)))) for matrix in (wq, wk))
     q, k = apply_rotary_pos_emb(q, k, *LlamaRotaryEmbedding(config)(q, torch.arange(length)[None]))
     np.testing.assert_allclose(ours, (q @ k.transpose(2, 3)).numpy(), atol=2e-2, rtol=1e-4)
+
+
+@pytest.mark.parametrize("length", [None, 1, 8192, 8193, 20000, 65536])
+@pytest.mark.parametrize("head_dim, theta", [(64, 10000.0), (64, 500000.0), (128, 500000.0), (80, 1e6)])
+@pytest.mark.parametrize("scaling", [RopeScaling("linear", 4.0), RopeScaling("dynamic", 2.0, 8192), RopeScaling("dynamic", 8.0, 8192), RopeScaling("llama3", 8.0, 8192),
+                                     RopeScaling("llama3", 32.0, 8192), RopeScaling("llama3", 3.0, 4096, 2.0, 5.0)], ids=str)
+def test_scaled_speeds_are_those_of_transformers(scaling, head_dim, theta, length):
+    transformers = pytest.importorskip("transformers", reason="live parity needs the extra [parity]")
+    pytest.importorskip("torch", reason="live parity needs the extra [parity]")
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+    fields = dict(rope_type=scaling.kind, rope_theta=theta, factor=scaling.factor)
+    if scaling.kind == "llama3":
+        fields |= dict(low_freq_factor=scaling.low_freq_factor, high_freq_factor=scaling.high_freq_factor, original_max_position_embeddings=scaling.original_context_length)
+    config = transformers.LlamaConfig(hidden_size=4 * head_dim, num_attention_heads=4, max_position_embeddings=8192, rope_parameters=fields)
+    expected, attention_factor = ROPE_INIT_FUNCTIONS[scaling.kind](config, seq_len=length)
+    found = rope_frequencies(head_dim, theta, scaling, length)
+    np.testing.assert_allclose(found, expected, atol=1e-6, rtol=0)
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+    assert attention_factor == 1
+
+
+def test_llama_3_1_by_the_code_of_its_makers():
+    "Meta's bands, pair by pair."
+    def scaled(speed, factor=8, low=1, high=4, trained=8192):
+        wavelength = 2 * np.pi / speed
+        if wavelength < trained / high: return speed
+        if wavelength > trained / low: return speed / factor
+        smooth = (trained / wavelength - low) / (high - low)
+        return (1 - smooth) * speed / factor + smooth * speed
+    expected = [scaled(speed) for speed in rope_frequencies(128, 500000.0)]
+    np.testing.assert_allclose(rope_frequencies(128, 500000.0, RopeScaling("llama3", 8.0, 8192)), expected, rtol=1e-14)
