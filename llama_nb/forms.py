@@ -8,8 +8,8 @@ __all__ = ['SAFETENSORS', 'HF_NAMES', 'ARCHITECTURES', 'ONLY_LLAMA', 'GGUF_NAMES
            'hf_scaling', 'hf_config', 'hf_architecture', 'check_family', 'open_hf', 'GGUFHeader', 'GGUFTensor',
            'gguf_tensor', 'GGUFFile', 'parse_gguf', 'read_gguf', 'gguf_metadata', 'dequantized', 'llama3_factors',
            'gguf_scaling', 'gguf_config', 'open_gguf', 'open_checkpoint', 'needed_files', 'hub_reason',
-           'fetch_repository', 'hub_snapshot', 'silent', 'stored_bytes', 'write_safetensors', 'hf_fields', 'write_hf',
-           'gguf_fields', 'gguf_tensors', 'write_gguf']
+           'fetch_repository', 'hub_snapshot', 'silent', 'stored_bytes', 'counted', 'write_safetensors', 'hf_fields',
+           'write_hf', 'gguf_fields', 'gguf_tensors', 'put_gguf', 'write_gguf']
 
 # %% ../nbs/01b_forms.ipynb #d7ba44ec
 import contextlib, dataclasses, functools, json, math, os, re, struct
@@ -251,8 +251,12 @@ def hf_config(found: dict, tied: bool, architecture: str) -> LlamaConfig:
 
 # %% ../nbs/01b_forms.ipynb #05a131b9
 def hf_architecture(found: dict) -> str:
-    names = found.get("architectures") or [found.get("model_type", "an unnamed architecture")]
-    return str(names[0] if isinstance(names, list) else names)
+    "The name of the architecture; files without one have at least the name of its kind."
+    if isinstance(names := found.get("architectures"), list) and names:
+        return str(names[0])
+    kind = str(found.get("model_type", "an unnamed architecture"))
+    known = {name.removesuffix("ForCausalLM").lower(): name for name in ARCHITECTURES}
+    return known.get(kind, kind)
 
 def check_family(found: dict, tensors: Mapping) -> LlamaConfig:
     "The configuration of what is a LLaMA; of anything else, the first difference."
@@ -408,7 +412,8 @@ def llama3_factors(head_dim: int, theta: float, scaling: RopeScaling) -> np.ndar
 def gguf_scaling(field: Callable, table: LazyTensor | None, head_dim: int,
                  theta: float) -> RopeScaling | None:
     "The scaling of positions in a GGUF file; `table` is its `rope_freqs.weight`."
-    kind, factor = field("rope.scaling.type", "linear"), field("rope.scaling.factor", 1.0)
+    kind = field("rope.scaling.type", "linear")
+    factor = field("rope.scaling.factor", field("rope.scale_linear", 1.0))
     if table is None:
         plain = kind == "none" or kind == "linear" and factor == 1
         return None if plain else RopeScaling(kind, factor)
@@ -563,6 +568,10 @@ def silent(utils):
 # %% ../nbs/01b_forms.ipynb #93112c7a
 def stored_bytes(tensor: LazyTensor) -> int: return math.prod(tensor.shape) * tensor.dtype.itemsize
 
+def counted(tensors: Mapping[str, LazyTensor], progress: bool):
+    "The tensors, with a bar that shows how far the writing is."
+    return tqdm(tensors.values(), "writing", unit="tensor", disable=None if progress else True)
+
 def write_safetensors(path, tensors: Mapping[str, LazyTensor], progress: bool = False) -> None:
     "Writes named tensors in the format safetensors, one in memory at a time."
     kinds, header, end = {name: kind for kind, name in SAFETENSORS.items()}, {}, 0
@@ -574,7 +583,7 @@ def write_safetensors(path, tensors: Mapping[str, LazyTensor], progress: bool = 
     text += b" " * (-len(text) % 8)
     with open(path, "wb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
-        for tensor in tqdm(tensors.values(), "writing", unit="tensor", disable=not progress or None):
+        for tensor in counted(tensors, progress):
             file.write(np.ascontiguousarray(tensor.read()).reshape(-1).view(np.uint8).data)
 
 # %% ../nbs/01b_forms.ipynb #ea262f21
@@ -654,25 +663,35 @@ def gguf_tensors(checkpoint: Checkpoint) -> dict[str, LazyTensor]:
         found["rope_freqs.weight"] = LazyTensor(table.shape, table.dtype, "F32", lambda: table)
     return found
 
+# %% ../nbs/01b_forms.ipynb #a1a7e30e
+def put_gguf(writer, fields: Mapping, tensors: Mapping[str, LazyTensor], progress: bool) -> None:
+    "Metadata and tensors, through the `gguf` library's writer."
+    import gguf
+    for key, value in fields.items():
+        whole = type(value) is int
+        kind = gguf.GGUFValueType.UINT32 if whole else gguf.GGUFValueType.get_type(value)
+        writer.add_key_value(key, value, kind)
+    forms = {FLOATS[name]: gguf.GGMLQuantizationType[form] for form, name in SAFETENSORS.items()}
+    for name, tensor in tensors.items():
+        size, form = stored_bytes(tensor), forms[tensor.dtype]
+        writer.add_tensor_info(name, tensor.shape, tensor.dtype, size, form)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    for tensor in counted(tensors, progress):
+        writer.write_tensor_data(np.ascontiguousarray(tensor.read()).view(np.uint8))
+
+# %% ../nbs/01b_forms.ipynb #f471155f
 def write_gguf(path, checkpoint: Checkpoint, metadata: Mapping[str, object] = {},
                progress: bool = False) -> None:
-    "Writes a GGUF file; `metadata` holds fields of its own, such as those of a tokenizer."
+    "Writes a GGUF file; `metadata` holds more fields, such as those of a tokenizer."
     import gguf
-    path, tensors = Path(path), gguf_tensors(checkpoint)
-    if path.exists(): raise CheckpointError(f"{path}: a new file was expected, found one")
-    check_room(path, sum(map(stored_bytes, tensors.values())))
+    path = Path(path)
     with reading(path):
         fields = gguf_fields(checkpoint.config) | {"tokenizer.ggml.model": "none"} | metadata
-    forms = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+        tensors = gguf_tensors(checkpoint)
+        if path.exists(): raise CheckpointError("a new file was expected, found one")
+    check_room(path, sum(map(stored_bytes, tensors.values())))
     with (reading(path), written_whole(path) as part,
           contextlib.closing(gguf.GGUFWriter(part, "llama")) as writer):
-        for key, value in fields.items():
-            whole = type(value) is int
-            kind = gguf.GGUFValueType.UINT32 if whole else gguf.GGUFValueType.get_type(value)
-            writer.add_key_value(key, value, kind)
-        for name, tensor in tensors.items():
-            form = gguf.GGMLQuantizationType[forms[tensor.dtype.name]]
-            writer.add_tensor_info(name, tensor.shape, tensor.dtype, stored_bytes(tensor), form)
-        writer.write_header_to_file(), writer.write_kv_data_to_file(), writer.write_ti_data_to_file()
-        for tensor in tqdm(tensors.values(), "writing", unit="tensor", disable=not progress or None):
-            writer.write_tensor_data(np.ascontiguousarray(tensor.read()).view(np.uint8))
+        put_gguf(writer, fields, tensors, progress)

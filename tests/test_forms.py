@@ -173,6 +173,12 @@ def test_missing_fields(name, arrays, tmp_path):
     assert complaint(open_checkpoint, path) == f"{path / 'config.json'}: LlamaForCausalLM is not a LLaMA as built here: {name} is missing"
 
 
+@pytest.mark.parametrize("kind, window", [("llama", None), ("mistral", 4096)])
+def test_a_kind_without_an_architecture(kind, window, arrays, tmp_path):
+    config = open_checkpoint(save_hf(tmp_path / "hf", in_halves(CONFIG, arrays), architectures=None, model_type=kind)).config
+    assert config == dataclasses.replace(CONFIG, sliding_window=window)
+
+
 def test_a_tokenizer_that_knows_more_than_the_embedding(arrays, tmp_path):
     path = save_hf(tmp_path / "hf", in_halves(CONFIG, arrays))
     assert open_checkpoint(path, 100).config.vocab_size == 128
@@ -307,6 +313,19 @@ def test_transformers_reads_what_we_write(variant, transformers, tmp_path):
         again = open_checkpoint(tmp_path / size)
         assert again.config == config and all(again.read(name).tobytes() == source.read(name).tobytes() for name in source)
     assert len(list((tmp_path / "60KB").glob("*.safetensors"))) > 1
+
+
+def test_llama_cpp_reads_what_we_write(tmp_path):
+    "The likeliest next token after every position of a sentence, with its ids, is our model's."
+    pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed: written GGUF files are not loaded by llama.cpp")
+    from llama_nb.library import load, open_llama_cpp
+    from llama_nb.tokenizer import gguf_vocabulary
+    bard = load("bard")
+    write_gguf(tmp_path / "bard.gguf", open_checkpoint(bard_folder()), gguf_vocabulary(bard.tokenizer))
+    ids = bard.tokenizer.encode("To be, or not to be, that is the question")
+    advance, _ = open_llama_cpp(tmp_path / "bard.gguf", bard.config, 1, 64)
+    theirs = [np.array(advance(ids[:end])) for end in range(1, len(ids) + 1)]
+    assert np.abs(theirs - bard.logits(ids)).max() < 0.1 and (np.argmax(theirs, -1) == np.argmax(bard.logits(ids), -1)).all()
 
 
 # The Hub, played by this computer ------------------------------------------------------------------------------------------
