@@ -13,7 +13,7 @@ DROP_STDERR = import sys, nbformat; name = sys.argv[1]; notebook = nbformat.read
 BUILD = jupyter-book build . -n -W --keep-going
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help demo test book chapter sync hooks clean
+.PHONY: help demo test book chapter fuzz sync hooks clean
 
 help: ## list these commands
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -42,6 +42,9 @@ chapter: $(DEV) ## N=06_rope: export, run the notebook in place, clean it, rende
 	@sed -e 's|execute_notebooks: .*|execute_notebooks: "off"|' -e 's|: _ext|: ../_ext|' book/_config.yml > book/_build/page.yml
 	@$(BUILD) --config book/_build/page.yml --path-output book/_build/page || $(call FAILED,the page does not build: $(STRICT))
 	@echo "The page: $(CURDIR)/book/_build/page/_build/html/nbs/$(N).html"
+
+fuzz: $(DEV) ## open 20,000 damaged files of every form: each must end well, or in one line
+	@python tests/fuzz.py
 
 sync: $(DEV) ## bring the package in step with the notebooks, and clean these
 	@nbdev_export && nbdev_clean

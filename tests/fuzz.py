@@ -30,14 +30,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 # Samples: what is damaged. Small, so that much of each file is not weights ----------------------------------------------------
 
-def sample_config():
-    from llama_nb.checkpoint import LlamaConfig
-    return LlamaConfig(dim=8, n_layers=1, n_heads=2, n_kv_heads=1, hidden_dim=8, vocab_size=270)
-
-
-def sample_tensors():
-    draw = np.random.default_rng(0)
-    return {name: draw.standard_normal(shape, np.float32) for name, shape in sample_config().tensor_shapes().items()}
+def sample_checkpoint():
+    from llama_nb.checkpoint import Checkpoint, LazyTensor, LlamaConfig, RopeScaling
+    config, draw = LlamaConfig(dim=8, n_layers=1, n_heads=2, n_kv_heads=1, hidden_dim=32, vocab_size=270, rope_scaling=RopeScaling("llama3", 8.0, 64)), np.random.default_rng(0)
+    def lazy(values): return LazyTensor(values.shape, values.dtype, values.dtype.name, lambda: values)
+    return Checkpoint("sample", config, {name: lazy(draw.standard_normal(shape).astype(np.float16)) for name, shape in config.tensor_shapes().items()})
 
 
 def sample_model(folder):
@@ -45,51 +42,95 @@ def sample_model(folder):
     (folder / "tokenizer.model").write_bytes(synth_tokenizer(270))
 
 
+def sample_json(folder):
+    "Byte-level, as `tokenizers` writes it, with a file of settings beside it."
+    import tokenizers
+    from tokenizers import decoders, models, pre_tokenizers
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    merges = [(letters[at], letters[at + 1]) for at in range(60, 70)]
+    texts = [*letters, *map("".join, merges)]
+    tokenizer = tokenizers.Tokenizer(models.BPE({text: id for id, text in enumerate(texts)}, merges))
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    tokenizer.add_special_tokens(["<s>", "</s>"]), tokenizer.add_tokens(["<think>", "<tool>"])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<s>", "eos_token": {"content": "</s>"}, "add_bos_token": True, "chat_template": "{{ messages[0].content }}"}))
+
+
 def sample_pth(folder):
     from llama_nb.checkpoint import write_pth
-    rows = {"wq", "wk", "wv", "w1", "w3", "output"}
+    checkpoint, rows = sample_checkpoint(), {"wq", "wk", "wv", "w1", "w3", "output"}
     for shard in range(2):
-        parts = {name: values if values.ndim == 1 else np.split(values, 2, int(name.split(".")[-2] not in rows))[shard] for name, values in sample_tensors().items()}
+        parts = {name: checkpoint.read(name) if len(checkpoint[name].shape) == 1 else np.split(checkpoint.read(name), 2, int(name.split(".")[-2] not in rows))[shard] for name in checkpoint}
         write_pth(folder / f"consolidated.{shard:02}.pth", parts.items())
-    (folder / "params.json").write_text(json.dumps(sample_config().to_params()))
-    sample_model(folder)
+    (folder / "params.json").write_text(json.dumps(checkpoint.config.to_params()))
+    sample_json(folder)
 
 
 def sample_npy(folder):
-    for name, values in sample_tensors().items():
-        np.save(folder / f"{name}.npy", values)
-    (folder / "params.json").write_text(json.dumps(sample_config().to_params()))
-    sample_model(folder)
+    checkpoint = sample_checkpoint()
+    for name in checkpoint: np.save(folder / f"{name}.npy", checkpoint.read(name))
+    (folder / "params.json").write_text(json.dumps(checkpoint.config.to_params()))
+    sample_json(folder)
 
 
 def sample_gguf(folder):
+    from llama_nb.forms import write_gguf
+    from llama_nb.tokenizer import gguf_vocabulary, load_tokenizer
+    sample_model(folder)
+    tokenizer = load_tokenizer(folder)
+    (folder / "tokenizer.model").unlink()
+    write_gguf(folder / "model.gguf", sample_checkpoint(), gguf_vocabulary(tokenizer))
+
+
+def sample_quantized(folder):
+    "Weights in blocks and a byte-level vocabulary, as `gguf` writes them."
     import gguf
-    config = sample_config()
-    writer = gguf.GGUFWriter(folder / "model.gguf", "llama")
-    for key, value in {"embedding_length": config.dim, "block_count": 1, "attention.head_count": 2, "attention.head_count_kv": 1, "feed_forward_length": 8, "context_length": 64}.items():
-        writer.add_uint32(f"llama.{key}", value)
-    writer.add_float32("llama.attention.layer_norm_rms_epsilon", 1e-5)
-    writer.add_tokenizer_model("llama")
-    writer.add_token_list(["<unk>", "<s>", "</s>"] + [f"<0x{byte:02X}>" for byte in range(256)] + list("\u2581abehsty?!\u00e9"))
-    writer.add_token_types([2, 3, 3] + [6] * 256 + [1] * 11)
-    writer.add_token_scores([0.0] * 259 + [-float(rank) for rank in range(11)])
-    writer.add_bos_token_id(1), writer.add_eos_token_id(2)
-    import llama_nb.forms as forms
-    names = {meta: name for name, meta in forms.GGUF_NAMES.items()}
-    for name, values in sample_tensors().items():
-        part = name.removesuffix(".weight").removeprefix("layers.0.")
-        writer.add_tensor(("blk.0." if "layers.0." in name else "") + names[part] + ".weight", values.astype(np.float16))
+    from llama_nb.forms import GGUF_NAMES, gguf_fields, their_names
+    from llama_nb.tokenizer import gguf_vocabulary, load_tokenizer
+    sample_json(folder)
+    fields = gguf_vocabulary(load_tokenizer(folder))
+    for path in list(folder.iterdir()): path.unlink()
+    checkpoint, writer = sample_checkpoint(), gguf.GGUFWriter(folder / "model.gguf", "llama")
+    for key, value in (gguf_fields(checkpoint.config) | fields).items():
+        writer.add_key_value(key, value, gguf.GGUFValueType.UINT32 if type(value) is int else gguf.GGUFValueType.get_type(value))
+    for name, theirs in their_names(checkpoint.config, GGUF_NAMES, "blk").items():
+        values, kind = checkpoint.read(name).astype(np.float32), gguf.GGMLQuantizationType.Q8_0
+        if "w2" in name: writer.add_tensor(theirs, gguf.quantize(values, kind), raw_dtype=kind)
+        else: writer.add_tensor(theirs, values)
     writer.write_header_to_file(), writer.write_kv_data_to_file(), writer.write_tensors_to_file(), writer.close()
 
 
-SAMPLES = {"pth": sample_pth, "npy": sample_npy, "gguf": sample_gguf, "tokenizer.model": sample_model}
+def sample_hf(folder):
+    from llama_nb.forms import read_safetensors, write_hf, write_safetensors
+    write_hf(folder / "whole", sample_checkpoint())
+    (folder / "whole" / "config.json").rename(folder / "config.json")
+    tensors = read_safetensors(folder / "whole" / "model.safetensors")
+    places = {name: f"model-0000{1 + (index > 4)}-of-00002.safetensors" for index, name in enumerate(tensors)}
+    for file in set(places.values()): write_safetensors(folder / file, {name: tensor for name, tensor in tensors.items() if places[name] == file})
+    (folder / "whole" / "model.safetensors").unlink(), (folder / "whole").rmdir()
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}))
+    sample_json(folder)
+
+
+def sample_bin(folder):
+    from llama_nb.checkpoint import write_pth
+    from llama_nb.forms import read_safetensors, write_hf
+    write_hf(folder / "whole", sample_checkpoint())
+    (folder / "whole" / "config.json").rename(folder / "config.json")
+    tensors = read_safetensors(folder / "whole" / "model.safetensors")
+    write_pth(folder / "pytorch_model.bin", ((name, tensor.read()) for name, tensor in tensors.items()))
+    (folder / "whole" / "model.safetensors").unlink(), (folder / "whole").rmdir()
+    sample_json(folder)
+
+
+SAMPLES = {"pth": sample_pth, "npy": sample_npy, "gguf": sample_gguf, "quantized": sample_quantized, "safetensors": sample_hf, "bin": sample_bin, "tokenizer.model": sample_model, "tokenizer.json": sample_json}
 
 
 def open_sample(folder):
     "Everything in it: each tensor read, a text encoded and decoded."
     from llama_nb.forms import open_checkpoint
     from llama_nb.tokenizer import load_tokenizer
-    if [path.name for path in folder.iterdir()] not in (["tokenizer.model"], ["tokenizer.json"]):
+    if not all(path.name.startswith("tokenizer") for path in folder.iterdir()):
         checkpoint = open_checkpoint(folder)
         for name in checkpoint: checkpoint.read(name)
     tokenizer = load_tokenizer(folder)
