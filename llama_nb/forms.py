@@ -7,9 +7,9 @@ __all__ = ['SAFETENSORS', 'HF_NAMES', 'ARCHITECTURES', 'ONLY_LLAMA', 'GGUF_NAMES
            'renamed', 'halves_to_adjacent', 'adjacent_to_halves', 'reordered', 'first_difference', 'hf_rope_fields',
            'hf_scaling', 'hf_config', 'hf_architecture', 'check_family', 'open_hf', 'GGUFHeader', 'GGUFTensor',
            'gguf_tensor', 'GGUFFile', 'parse_gguf', 'read_gguf', 'gguf_metadata', 'dequantized', 'llama3_factors',
-           'gguf_scaling', 'gguf_config', 'open_gguf', 'open_checkpoint', 'needed_files', 'hub_reason',
-           'fetch_repository', 'hub_snapshot', 'silent', 'stored_bytes', 'counted', 'write_safetensors', 'hf_fields',
-           'write_hf', 'gguf_fields', 'gguf_tensors', 'put_gguf', 'write_gguf']
+           'gguf_scaling', 'gguf_config', 'open_gguf', 'open_checkpoint', 'needed_files', 'hub_reason', 'hub_snapshot',
+           'silent', 'fetch_repository', 'stored_bytes', 'counted', 'write_safetensors', 'hf_fields', 'write_hf',
+           'gguf_fields', 'gguf_tensors', 'put_gguf', 'write_gguf']
 
 # %% ../nbs/01b_forms.ipynb #d7ba44ec
 import contextlib, dataclasses, functools, json, math, os, re, struct
@@ -47,6 +47,7 @@ def once(pairs) -> dict:
         found[name] = value
     return found
 
+# %% ../nbs/01b_forms.ipynb #6123f682
 def parse_json(data: bytes) -> dict:
     "An object of JSON."
     found = json.loads(data.decode("utf-8"), object_pairs_hook=once)
@@ -54,6 +55,7 @@ def parse_json(data: bytes) -> dict:
         raise CheckpointError(f"a JSON object was expected, found {type(found).__name__}")
     return found
 
+# %% ../nbs/01b_forms.ipynb #1e6d781d
 def read_json(path) -> dict:
     "The object in a JSON file."
     with reading(path, "not JSON"):
@@ -68,6 +70,7 @@ def whole_numbers(values, most: int) -> bool:
     return isinstance(values, list) and len(values) <= most and all(
         type(value) is int and 0 <= value < 2**63 for value in values)
 
+# %% ../nbs/01b_forms.ipynb #17142265
 def safetensors_entry(name: str, entry) -> tuple[np.dtype, tuple[int, ...], int, int]:
     "Type, shape, first byte and end of a tensor, if they fit together."
     kind, shape, span = map(entry.get, ("dtype", "shape", "data_offsets"))
@@ -108,7 +111,7 @@ def read_safetensors(path) -> dict[str, LazyTensor]:
 # %% ../nbs/01b_forms.ipynb #a149307f
 def shard_path(folder: Path, name: str) -> Path:
     "The path of a shard that an index names: a file of the folder, not a way out of it."
-    if not re.fullmatch(r"[\w-][\w.-]*", name):
+    if not re.fullmatch(r"[\w-][\w.-]{0,200}", name):
         raise CheckpointError(f"a shard should be a file in the folder, found {name!r}")
     home, real = folder.resolve(), (folder / name).resolve()
     blobs = home.parent.parent / "blobs" if home.parent.name == "snapshots" else home
@@ -116,6 +119,7 @@ def shard_path(folder: Path, name: str) -> Path:
         raise CheckpointError(f"shard {name} should lie in the folder, found a link out of it")
     return folder / name
 
+# %% ../nbs/01b_forms.ipynb #b8933d86
 def read_indexed(index: Path, read: Callable) -> dict[str, LazyTensor]:
     "The tensors of the shards that an index names, each in the shard where it should be."
     with reading(index):
@@ -156,6 +160,7 @@ HF_NAMES = {
     "feed_forward.w3": "mlp.up_proj",
 }
 
+# %% ../nbs/01b_forms.ipynb #291c503b
 def their_names(config: LlamaConfig, names: Mapping[str, str], block: str) -> dict[str, str]:
     "Each tensor's name in another form, by its name in Meta's."
     def theirs(name):
@@ -163,6 +168,7 @@ def their_names(config: LlamaConfig, names: Mapping[str, str], block: str) -> di
         return ("" if layer is None else f"{block}.{layer}.") + names[part] + ".weight"
     return {name: theirs(name) for name in config.tensor_shapes()}
 
+# %% ../nbs/01b_forms.ipynb #3f0c0834
 def renamed(tensors: Mapping[str, LazyTensor], theirs: Mapping[str, str]) -> dict[str, LazyTensor]:
     "Tensors by Meta's names, from another form's."
     ours = {other: name for name, other in theirs.items()}
@@ -198,6 +204,7 @@ ONLY_LLAMA = {
     "no_rope_layers": None, "quantization_config": None,
 }
 
+# %% ../nbs/01b_forms.ipynb #ef8f2259
 def first_difference(found: dict) -> str | None:
     "The first field of a `config.json` that says something that no LLaMA has."
     everything = found | hf_rope_fields(found)
@@ -217,6 +224,7 @@ def hf_rope_fields(found: dict) -> dict:
                               f"layers, found {str(fields)[:60]}")
     return fields
 
+# %% ../nbs/01b_forms.ipynb #40728869
 def hf_scaling(found: dict, length: int) -> RopeScaling | None:
     "The scaling of positions in a `config.json`; `length` is its max_position_embeddings."
     fields = hf_rope_fields(found)
@@ -258,6 +266,7 @@ def hf_architecture(found: dict) -> str:
     known = {name.removesuffix("ForCausalLM").lower(): name for name in ARCHITECTURES}
     return known.get(kind, kind)
 
+# %% ../nbs/01b_forms.ipynb #d69e2c7a
 def check_family(found: dict, tensors: Mapping) -> LlamaConfig:
     "The configuration of what is a LLaMA; of anything else, the first difference."
     architecture = hf_architecture(found)
@@ -495,6 +504,7 @@ WEIGHT_FILES = (r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?",
                 r"pytorch_model(-\d+-of-\d+)?\.bin(\.index\.json)?",
                 r"consolidated\.\d+\.pth", r"[^/]+\.gguf")
 
+# %% ../nbs/01b_forms.ipynb #af858738
 def needed_files(files: list[str], wanted: str | None = None) -> list[str]:
     "Those of a repository's files that one form of its weights needs."
     if wanted in files: return [wanted]
@@ -521,6 +531,7 @@ HUB_REASONS = {
     "HFValidationError": "not a name that a repository can have",
 }
 
+# %% ../nbs/01b_forms.ipynb #c8bc64f8
 def hub_reason(error: Exception) -> str:
     "What an error of `huggingface_hub` means."
     for kind in type(error).__mro__:
@@ -529,6 +540,26 @@ def hub_reason(error: Exception) -> str:
     return f"the Hub did not give it ({type(error).__name__}: {reason})"
 
 # %% ../nbs/01b_forms.ipynb #610379a7
+def hub_snapshot(hub, repository: str, revision: str | None, file: str | None) -> Path:
+    get = functools.partial(hub.snapshot_download, repository, revision=revision)
+    try:
+        listed = hub.HfApi().model_info(repository, revision=revision, timeout=10).siblings
+    except (hub.errors.RepositoryNotFoundError, hub.errors.RevisionNotFoundError): raise
+    except Exception:
+        return Path(get(local_files_only=True, allow_patterns=[file or "config.json"]))
+    return Path(get(allow_patterns=needed_files([entry.rfilename for entry in listed], file)))
+
+# %% ../nbs/01b_forms.ipynb #34151942
+@contextlib.contextmanager
+def silent(utils):
+    "No progress bars."
+    shown = not utils.are_progress_bars_disabled()
+    utils.disable_progress_bars()
+    try: yield
+    finally:
+        if shown: utils.enable_progress_bars()
+
+# %% ../nbs/01b_forms.ipynb #80bb8493
 REPOSITORY = re.compile(r"(?:hf://)?([\w.-]+/[\w.-]+)(?:/([^@]+))?(?:@([^@]+))?")
 
 def fetch_repository(name: str, progress: bool = True) -> Path:
@@ -547,31 +578,15 @@ def fetch_repository(name: str, progress: bool = True) -> Path:
         raise CheckpointError(f"{name}: {hub_reason(error)}") from None
     return folder if file is None else folder / file
 
-def hub_snapshot(hub, repository: str, revision: str | None, file: str | None) -> Path:
-    get = functools.partial(hub.snapshot_download, repository, revision=revision)
-    try:
-        listed = hub.HfApi().model_info(repository, revision=revision, timeout=10).siblings
-    except (hub.errors.RepositoryNotFoundError, hub.errors.RevisionNotFoundError): raise
-    except Exception:
-        return Path(get(local_files_only=True, allow_patterns=[file or "config.json"]))
-    return Path(get(allow_patterns=needed_files([entry.rfilename for entry in listed], file)))
-
-@contextlib.contextmanager
-def silent(utils):
-    "No progress bars."
-    shown = not utils.are_progress_bars_disabled()
-    utils.disable_progress_bars()
-    try: yield
-    finally:
-        if shown: utils.enable_progress_bars()
-
 # %% ../nbs/01b_forms.ipynb #93112c7a
 def stored_bytes(tensor: LazyTensor) -> int: return math.prod(tensor.shape) * tensor.dtype.itemsize
 
+# %% ../nbs/01b_forms.ipynb #c553a699
 def counted(tensors: Mapping[str, LazyTensor], progress: bool):
     "The tensors, with a bar that shows how far the writing is."
     return tqdm(tensors.values(), "writing", unit="tensor", disable=None if progress else True)
 
+# %% ../nbs/01b_forms.ipynb #4e9b1e2d
 def write_safetensors(path, tensors: Mapping[str, LazyTensor], progress: bool = False) -> None:
     "Writes named tensors in the format safetensors, one in memory at a time."
     kinds, header, end = {name: kind for kind, name in SAFETENSORS.items()}, {}, 0

@@ -375,7 +375,7 @@ def repository(folder):
                                                                          "pytorch_model.bin": b"the same weights", "model.Q8_0.gguf": b"the same weights"}
 
 
-@pytest.mark.parametrize("name, shards", [("somebody/tiny", 1), ("hf://somebody/tiny", 3), (f"hf://somebody/tiny@{COMMIT}", 1)])
+@pytest.mark.parametrize("name, shards", [("somebody/tiny", 1), (f"hf://somebody/tiny@{COMMIT}", 3)])
 def test_a_repository_is_fetched_once(name, shards, arrays, tmp_path):
     folder = save_hf(tmp_path / "source", in_halves(CONFIG, arrays), shards=shards)
     with hub(repository(folder)) as (address, asked):
