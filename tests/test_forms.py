@@ -107,6 +107,14 @@ def test_only_rotary_buffers_may_be_left_over(buffer, arrays, tmp_path):
     assert message.startswith(str(tmp_path / "b")) and "tensor model.extra.weight does not belong" in message
 
 
+def test_a_gguf_file_beside_a_config(arrays, tmp_path):
+    write_gguf(tmp_path / "tiny.gguf", open_checkpoint(bard_folder()))
+    (tmp_path / "config.json").write_text("{}")
+    assert open_checkpoint(tmp_path).path == tmp_path / "tiny.gguf"
+    (tmp_path / "tiny.gguf").unlink()
+    assert complaint(open_checkpoint, tmp_path) == f"{tmp_path}: model.safetensors, pytorch_model.bin or the index of their shards was expected, found config.json"
+
+
 def test_tied(arrays, tmp_path):
     tied = {name: values for name, values in in_halves(CONFIG, arrays).items() if name != "lm_head.weight"}
     checkpoint = open_checkpoint(save_hf(tmp_path / "a", tied, tie_word_embeddings=True))
@@ -400,7 +408,7 @@ def test_pickles_where_there_are_no_safetensors(arrays, tmp_path):
 def test_gguf_files(tmp_path):
     write_gguf(tmp_path / "tiny.gguf", open_checkpoint(bard_folder()))
     weights = (tmp_path / "tiny.gguf").read_bytes()
-    with hub({"tiny.Q8_0.gguf": weights, "README.md": b"words"}) as (address, _):
+    with hub({"tiny.Q8_0.gguf": weights, "config.json": b"{}"}) as (address, _):
         assert list(open_checkpoint(fetched(tmp_path, "somebody/tiny", address)[0])) == list(open_checkpoint(bard_folder()))
     with hub({"tiny.Q8_0.gguf": weights, "tiny.Q4_0.gguf": weights}) as (address, _):
         assert fetched(tmp_path, "somebody/tiny", address)[1] == "somebody/tiny: one file should be named after the repository, one of tiny.Q8_0.gguf, tiny.Q4_0.gguf"
