@@ -6,11 +6,10 @@ __all__ = ['ALIGNMENT', 'ROWS', 'CALIBRATION', 'FORMAT', 'DTYPES', 'TOGETHER', '
            'read_program', 'block_tensors', 'aligned', 'Rows', 'new_rows', 'Program', 'quiet_environment', 'normed',
            'turn', 'store', 'attend', 'Cache', 'cache_bytes', 'attend_rows', 'block_pass', 'calibration_text',
            'balance', 'balance_block', 'head_tensors', 'embedding_table', 'program_names', 'file_sizes', 'file_writers',
-           'to_json', 'digest', 'alone_in', 'begin', 'check_disk', 'tokenizer_file', 'gguf_file', 'copy_tokenizer',
-           'copy_metadata', 'describe_job', 'check_vocabulary', 'steady_checkpoint', 'check_blocks', 'convert',
-           'Converted', 'open_converted', 'check_contents', 'open_dequantized', 'machine', 'states', 'PackedWeights',
-           'available_memory', 'check_memory', 'Engine', 'Batch', 'guess', 'PromptLookup', 'write_together',
-           'LiteRTLlama']
+           'to_json', 'digest', 'alone_in', 'begin', 'check_disk', 'write_tokenizer', 'describe_job',
+           'steady_checkpoint', 'check_blocks', 'convert', 'Converted', 'open_converted', 'check_contents',
+           'open_dequantized', 'machine', 'states', 'PackedWeights', 'available_memory', 'check_memory', 'Engine',
+           'Batch', 'guess', 'PromptLookup', 'write_together', 'LiteRTLlama']
 
 # %% ../nbs/11_cpu_7b.ipynb #9d860a6c
 import atexit, contextlib, dataclasses, functools, hashlib, importlib.metadata, importlib.resources, json, math, os, platform, shutil, tempfile, time
@@ -27,7 +26,7 @@ from .forms import open_checkpoint
 from .generation import Decoder, Llama, Stream, check_length, common_prefix
 from .quantization import BLOCK, Quantized, pack_int4, quantize_tensor, unpack_int4
 from .sampling import GenerationError, check_number
-from .tokenizer import Tokenizer, load_tokenizer
+from .tokenizer import Tokenizer, check_vocabulary, gguf_vocabulary, load_tokenizer
 
 # %% ../nbs/11_cpu_7b.ipynb #e3095350
 def block_programs(config: LlamaConfig) -> dict[str, Callable]:
@@ -466,37 +465,14 @@ def check_disk(folder: Path, needed: int) -> None:
         raise CheckpointError(f"{folder}: {needed / 1e9:.2f} GB of disk are needed, {free / 1e9:.2f} GB are free")
 
 # %% ../nbs/11_cpu_7b.ipynb #d345cb9b
-def tokenizer_file(source: Path) -> Path:
-    "The file of a checkpoint that its tokenizer is read from."
-    folder = source if source.is_dir() else source.parent
-    return folder / "tokenizer.model" if (folder / "tokenizer.model").exists() and source.is_dir() else gguf_file(source)
-
-def gguf_file(source: Path) -> Path:
-    "The GGUF file that a path names, itself or as its folder."
-    return next(iter(sorted(source.glob("*.gguf"))), source) if source.is_dir() else source
-
-def copy_tokenizer(source: Path, folder: Path) -> str:
-    "Puts a checkpoint's tokenizer into a folder, of a GGUF file its metadata alone; returns the file's name."
-    file = tokenizer_file(source)
-    name = "tokenizer.model" if file.suffix == ".model" else "tokenizer.gguf"
-    if not (folder / name).exists():
-        with written_whole(folder / name) as part:
-            if file.suffix == ".model": shutil.copyfile(file, part)
-            else: copy_metadata(file, part)
-    return name
-
-def copy_metadata(source: Path, target: Path) -> None:
-    "A GGUF file without tensors, of the same metadata."
+def write_tokenizer(tokenizer: Tokenizer, path: Path) -> None:
+    "A GGUF file without tensors, of a tokenizer."
     import gguf
-    reader = gguf.GGUFReader(source)
-    writer = gguf.GGUFWriter(target, "llama")
-    for name, field in reader.fields.items():
-        if not name.startswith("GGUF.") and name != "general.architecture":
-            kind, *inner = field.types
-            writer.add_key_value(name, field.contents(), kind, sub_type=inner[-1] if inner else None)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.close()
+    with written_whole(path) as part, contextlib.closing(gguf.GGUFWriter(part, "llama")) as writer:
+        for name, value in gguf_vocabulary(tokenizer).items():
+            kind = gguf.GGUFValueType.UINT32 if type(value) is int else gguf.GGUFValueType.get_type(value)
+            writer.add_key_value(name, value, kind)
+        writer.write_header_to_file(), writer.write_kv_data_to_file()
 
 # %% ../nbs/11_cpu_7b.ipynb #262c18a9
 def describe_job(checkpoint, dtype: str) -> dict:
@@ -508,11 +484,6 @@ def describe_job(checkpoint, dtype: str) -> dict:
                 tensors={name: [list(tensor.shape), tensor.stored] for name, tensor in checkpoint.items()})
 
 # %% ../nbs/11_cpu_7b.ipynb #cf0af3ea
-def check_vocabulary(path: Path, tokenizer: Tokenizer, config: LlamaConfig) -> None:
-    "Refuses a tokenizer of another size than the embedding."
-    if config.vocab_size != tokenizer.vocab_size:
-        raise CheckpointError(f"{path}: the tokenizer has {tokenizer.vocab_size} pieces, the embedding {config.vocab_size} rows")
-
 def steady_checkpoint(checkpoint: Checkpoint) -> Checkpoint:
     "With no more context than positions have fixed angles in."
     from llama_nb.rope import steady_length
@@ -540,7 +511,7 @@ def convert(source, folder, dtype: str = "int8", progress: bool = False) -> Path
     tokenizer = load_tokenizer(source)
     checkpoint = steady_checkpoint(open_checkpoint(source, tokenizer.vocab_size))
     config = checkpoint.config
-    check_vocabulary(source, tokenizer, config)
+    check_vocabulary(source, tokenizer, config.vocab_size)
     check_blocks(source, config, dtype)
     sizes, job = file_sizes(config, dtype), describe_job(checkpoint, dtype)
     ids = tokenizer.encode(calibration_text())[:min(config.context_length, CALIBRATION)]
@@ -552,8 +523,8 @@ def convert(source, folder, dtype: str = "int8", progress: bool = False) -> Path
                 with reading(folder / name), written_whole(folder / name) as part: write(part)
             bar.update(sizes[name])
         bar.close()
-        names = [copy_tokenizer(source, folder), *sizes]
-        files = {name: dict(bytes=(folder / name).stat().st_size, sha256=sha256(folder / name)) for name in names}
+        write_tokenizer(tokenizer, folder / "tokenizer.gguf")
+        files = {name: dict(bytes=(folder / name).stat().st_size, sha256=sha256(folder / name)) for name in ("tokenizer.gguf", *sizes)}
         content = job | dict(files=files)
         with written_whole(folder / "manifest.json") as part: part.write_text(to_json(content | dict(digest=digest(content))))
         (folder / "unfinished.json").unlink()

@@ -20,7 +20,7 @@ from .checkpoint import bard_folder, fetch, synth
 from .forms import GGUF_NAMES, REPOSITORY, fetch_repository, open_checkpoint, their_names
 from .reading import quiet_start
 from .sampling import GenerationError, Sampler, check_number
-from .tokenizer import Tokenizer, TokenizerError, load_tokenizer, synth_tokenizer
+from .tokenizer import Tokenizer, TokenizerError, check_vocabulary, load_tokenizer, synth_tokenizer
 
 # %% ../nbs/15_library.ipynb #0e2699e0
 def find_model(name, progress: bool = False) -> Path:
@@ -55,9 +55,8 @@ def open_model(name, context_length: int | None = None, progress: bool = False):
     else:
         tokenizer = load_tokenizer(path)
         checkpoint = open_checkpoint(path, tokenizer.vocab_size)
-    rows, longest = checkpoint.config.vocab_size, checkpoint.config.context_length
-    if rows != tokenizer.vocab_size:
-        raise CheckpointError(f"{path}: the tokenizer has {tokenizer.vocab_size} pieces, the embedding {rows} rows")
+    check_vocabulary(path, tokenizer, checkpoint.config.vocab_size)
+    longest = checkpoint.config.context_length
     if context_length is not None and not (isinstance(context_length, int) and 1 < context_length <= longest):
         raise GenerationError(f"context_length should be 2 to {longest}, found {context_length!r}")
     config = dataclasses.replace(checkpoint.config, context_length=context_length or min(longest, 2048))
