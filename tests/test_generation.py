@@ -266,6 +266,27 @@ def test_context_full(fresh):
     assert (one.finish_reason, len(one.new_ids)) in [("context", 1), ("end", 0)]
 
 
+@pytest.mark.parametrize("wanted, reason", [(None, "context"), (4, "context"), (3, "length"), (2, "length")])
+def test_the_context_is_filled_to_its_last_place(tokenizer, wanted, reason):
+    room = len(tokenizer.encode("x")) + 3
+    stream = scripted(tokenizer, continuation(tokenizer, TEXT), max_new_tokens=wanted, context_length=room)
+    assert len("".join(stream)) and stream.finish_reason == reason and len(stream.new_ids) == min(wanted or 3, 3)
+
+
+@pytest.mark.parametrize("damage", [math.nan, math.inf])
+def test_damaged_logits_end_a_stream_in_one_line(tokenizer, damage):
+    ids, prompt = continuation(tokenizer, " so it is"), tokenizer.encode("x")
+
+    def advance(text):
+        logits = np.eye(tokenizer.vocab_size, dtype=np.float32)[ids[len(text) - len(prompt)]] * 9
+        if len(text) == len(prompt) + 2: logits[:] = damage
+        return logits
+    stream = Stream(advance, tokenizer, 1000, prompt, None, Sampler(), [])
+    with pytest.raises(GenerationError, match="^logits should be finite, found NaN or infinity: are the weights damaged.$"):
+        list(stream)
+    assert len(stream.new_ids) == 2
+
+
 def test_stream_is_an_iterator_with_figures(fresh):
     stream = fresh.stream("My lord,", max_new_tokens=5, temperature=0)
     assert iter(stream) is not None and stream.finish_reason is None and stream.new_ids == []
@@ -275,10 +296,11 @@ def test_stream_is_an_iterator_with_figures(fresh):
     assert next(stream, "over") == "over"
 
 
-def test_generate_of_a_list(fresh):
-    prompts = ["My lord,", "The king"]
-    settings = dict(max_new_tokens=6, temperature=0.9, seed=4)
-    assert fresh.generate(prompts, **settings) == [fresh.generate(prompt, **settings) for prompt in prompts]
+@pytest.mark.parametrize("settings", [dict(temperature=0), dict(temperature=0.9, seed=4), dict(temperature=0, repetition_penalty=1.5)], ids=str)
+def test_a_list_of_unequal_prompts_equals_single_runs(fresh, settings):
+    prompts = ["My lord,", "The", "My lord, the king of France is come to see the play that we have made for him", "My lord,", random_ids(fresh, 254)]
+    alone = [fresh.generate(prompt, max_new_tokens=6, **settings) for prompt in reversed(prompts)]
+    assert fresh.generate(prompts, max_new_tokens=6, **settings) == alone[::-1]
 
 
 def test_ids_as_prompt(fresh):

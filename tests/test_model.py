@@ -69,6 +69,18 @@ def test_smollm2_live_against_transformers(make, golden, our_logits, smollm2):
 
 
 @PARITY
+def test_smollm2_in_bfloat16_errs_no_more_than_transformers(make, golden, our_logits, smollm2):
+    import torch
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+    reference = make.load_reference(smollm2.path).to(torch.bfloat16)
+    reference.model.rotary_emb = LlamaRotaryEmbedding(reference.config)  # in float32, as in a model that was loaded so
+    ours = load_weights(build_model(smollm2.config, "bfloat16"), open_checkpoint(smollm2.path))
+    error = lambda logits: np.mean([np.sqrt(np.mean(np.square(half - exact))) for half, exact in zip(logits, our_logits)])
+    theirs = error([make.reference_logits(reference, row["ids"]) for row in golden["prompts"]])
+    assert 0 < error([ops.convert_to_numpy(ours(np.array([row["ids"]])))[0] for row in golden["prompts"]]) <= 1.2 * theirs
+
+
+@PARITY
 def test_bard_live_against_transformers(bard):
     import torch
     import transformers

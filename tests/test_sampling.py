@@ -116,12 +116,34 @@ def test_large_logits_do_not_overflow():
 
 
 @pytest.mark.parametrize("damage", [math.nan, INF])
-def test_damaged_logits_are_refused(damage):
+@pytest.mark.parametrize("settings", [dict(), dict(temperature=0), dict(top_k=3), dict(top_p=0.5), dict(min_p=0.1), dict(repetition_penalty=1.3)], ids=str)
+def test_damaged_logits_are_refused(settings, damage):
     logits = random_logits(0)
-    logits[7] = damage
-    for temperature in (0, 1.0):
-        with pytest.raises(GenerationError, match="NaN or infinity"):
-            Sampler(temperature=temperature).filter(logits)
+    logits[3], logits[7] = -INF, damage
+    with pytest.raises(GenerationError) as error:
+        Sampler(**settings).chooser()(logits, [7])
+    assert str(error.value) == "logits should be finite, found NaN or infinity: are the weights damaged?"
+
+
+@pytest.mark.parametrize("history", [(), [], np.array([], int), np.array([])], ids=repr)
+def test_a_penalty_without_a_history_changes_nothing(history):
+    logits = random_logits(0)
+    assert np.array_equal(penalize_repetition(logits, history, 1.3), logits)
+    assert np.array_equal(Sampler(repetition_penalty=1.3, top_k=0).filter(logits, history), logits)
+
+
+@pytest.mark.parametrize("penalty", [0.5, 1.3])
+def test_a_penalty_brings_no_excluded_token_back(penalty):
+    logits = random_logits(0)
+    logits[[3, 9]] = -INF
+    assert kept(penalize_repetition(logits, [3, 4, 3], penalty)) == kept(logits)
+
+
+@pytest.mark.parametrize("settings", [dict(temperature=0), dict(top_k=1), dict(top_p=1e-9), dict(min_p=1.0), dict(repetition_penalty=1.3, temperature=5)], ids=str)
+def test_a_single_token_left_is_taken(settings):
+    logits = np.full(60, -INF, np.float32)
+    logits[41] = -30
+    assert Sampler(**settings).chooser()(logits, [41, 2]) == 41
 
 
 def test_no_token_left_is_refused():

@@ -30,7 +30,7 @@ def reference_logits(model, ids: list[int]):
     "(tokens, vocab) at every position."
     import torch
     with torch.no_grad():
-        return model(torch.tensor([ids])).logits[0].numpy()
+        return model(torch.tensor([ids])).logits[0].float().numpy()
 
 
 def reference_greedy(model, ids: list[int], count: int) -> list[int]:
