@@ -96,11 +96,14 @@ def check_pieces(model: SentencePieceModel) -> SentencePieceModel:
     if not model.is_bpe:
         raise TokenizerError("a byte-pair model was expected, found unigram or another kind")
     kinds = Counter(piece.kind for piece in model.pieces)
-    if set(kinds) - set(range(1, 7)) or not kinds[UNKNOWN] or kinds[BYTE] not in (0, 256):
+    found = {piece.text for piece in model.pieces if piece.kind == BYTE}
+    spelt = found in (set(), {f"<0x{byte:02X}>" for byte in range(256)})
+    if set(kinds) - set(range(1, 7)) or kinds[UNKNOWN] != 1 or not spelt:
         raise TokenizerError("pieces should be of six kinds, with one for the unknown, "
                              "and 256 bytes or none")
     (text, count), = Counter(piece.text for piece in model.pieces).most_common(1)
     if count > 1: raise TokenizerError(f"pieces should differ, found {text!r} {count} times")
+    if any(not piece.text for piece in model.pieces): raise TokenizerError("a piece is empty")
     return model
 
 # %% ../nbs/02_tokenizer.ipynb #d03238f5
@@ -180,7 +183,7 @@ class TensorFlowTextBPE:
         try:
             self.encoder = self.make()
         except OpError as error:
-            reason = error.message.splitlines()[0]
+            reason = re.sub(r"\{\{.*?\}\} | *\[Op:.*", "", error.message.splitlines()[0])
             raise TokenizerError(f"SentencePiece refuses the model: {reason}") from None
 
     def encode(self, text: str) -> list[int]:
@@ -459,6 +462,7 @@ def turn_ends(pieces: Sequence[Piece]) -> list[int]:
     return [id for id, piece in enumerate(pieces)
             if piece.kind == CONTROL and piece.text in END_OF_TURN]
 
+# %% ../nbs/02_tokenizer.ipynb #9ec33ed7
 def tiktoken_tokenizer(data: bytes) -> ByteLevelTokenizer:
     "Llama 3's tokenizer, from the bytes of its `tokenizer.model`."
     tokens, letter_of = parse_ranks(data), {byte: letter for letter, byte in byte_letters().items()}
@@ -482,6 +486,7 @@ def space_writer(scheme: str) -> tuple:
     front, spaces = normalizers.Prepend(SPACE), normalizers.Replace(" ", SPACE)
     return normalizers.Sequence([front, spaces]), None
 
+# %% ../nbs/02_tokenizer.ipynb #b0863751
 class MetaspaceTokenizer(Tokenizer):
     "SentencePiece's kind of vocabulary with merges, through the `tokenizers` library."
 
@@ -580,6 +585,7 @@ def first_token(processor: dict | None) -> str | None:
             if "SpecialToken" in step: return step["SpecialToken"]["id"]
     return None
 
+# %% ../nbs/02_tokenizer.ipynb #23b03474
 def configured(tokenizer: Tokenizer, folder: Path) -> Tokenizer:
     "The tokenizer with what the files beside it say about it."
     def read(name): return read_json(folder / f"{name}.json")
