@@ -3,7 +3,7 @@
 # %% auto #0
 __all__ = ['star', 'put', 'run_pass', 'Trace', 'read_pieces', 'trace', 'silence', 'lens', 'side_by_side', 'by_row']
 
-# %% ../nbs/13_inside.ipynb #8ece1253
+# %% ../nbs/13_inside.ipynb #d092fb86
 import re
 from collections.abc import Callable, Sequence
 
@@ -16,31 +16,36 @@ from .generation import Llama, check_prompt
 from .model import forward, model_layers
 from .sampling import GenerationError
 
-# %% ../nbs/13_inside.ipynb #8360870d
+# %% ../nbs/13_inside.ipynb #b410ebb8
 def star(name: str) -> str:
     "A value's name, with `*` for the number of its layer."
     return re.sub(r"\.\d+\b", ".*", name)
 
-# %% ../nbs/13_inside.ipynb #f6447588
+# %% ../nbs/13_inside.ipynb #474b67aa
 def put(name: str, value, change, seen: Callable):
     "What `change`, an array or a function of (value, seen), puts in the place of a value."
-    new = ops.convert_to_tensor(change(value, seen) if callable(change) else change, value.dtype)
+    new = change(value, seen) if callable(change) else change
+    new = ops.convert_to_tensor(new, value.dtype)
     expected, found = tuple(ops.shape(value)), tuple(ops.shape(new))
     if not found or expected[-len(found):] != found:
-        raise GenerationError(f"{name}: the replacement should have shape {expected}, found {found}")
+        wanted = f"the replacement should have shape {expected}"
+        raise GenerationError(f"{name}: {wanted}, found {found}")
     return ops.broadcast_to(new, expected)
 
-# %% ../nbs/13_inside.ipynb #72728d59
-def run_pass(llm: Llama, ids, replace: dict | None = None, keep: dict | None = None, last: int | None = None) -> np.ndarray:
-    """The logits (batch, seq, vocab) for ids (batch, seq), or those of the `last` positions; with values replaced by `put`,
-    under names or names with a `*`. `keep`: a dictionary that gets every value."""
+# %% ../nbs/13_inside.ipynb #d0ad0c95
+def run_pass(llm: Llama, ids, replace: dict | None = None, keep: dict | None = None,
+             last: int | None = None) -> np.ndarray:
+    """The logits (batch, seq, vocab) for ids (batch, seq), or those of the `last` positions;
+    with values replaced, under names or names with a `*`, by what `put` takes.
+    `keep`: a dictionary that gets every value."""
     if llm.model is None:
         raise GenerationError("only the Keras model can be looked into: load it with engine='keras'")
     replace, latest, heard = replace or {}, {}, set()
+    def seen(name): return latest[star(name)]
 
     def listen(name, value):
         for key in dict.fromkeys((star(name), name)):
-            if key in replace: value = put(name, value, replace[key], lambda wanted: latest[star(wanted)])
+            if key in replace: value = put(name, value, replace[key], seen)
         latest[star(name)] = value
         heard.update((name, star(name)))
         if keep is not None: keep[name] = ops.convert_to_numpy(value)
@@ -49,14 +54,16 @@ def run_pass(llm: Llama, ids, replace: dict | None = None, keep: dict | None = N
     with listening(listen):
         logits = forward(model_layers(llm.model), ops.convert_to_tensor(ids, "int32"), last=last)
     if missing := replace.keys() - heard:
-        raise GenerationError(f"replace: {min(missing)} is not a value of this model; it has {', '.join(sorted(map(star, heard)))}")
+        names = ", ".join(sorted({star(name) for name in heard}))
+        raise GenerationError(f"replace: {min(missing)} is not a value of this model; it has {names}")
     return ops.convert_to_numpy(logits)
 
-# %% ../nbs/13_inside.ipynb #25534a78
+# %% ../nbs/13_inside.ipynb #7ac70c7a
 class Trace(dict):
-    "The values of one pass by name, in its order, without the batch axis. `pieces`: the tokens, to be read."
+    """The values of one pass by name, in its order, without the batch axis.
+    `ids` and `pieces`: the tokens, as numbers and to be read."""
 
-    def __init__(self, ids: Sequence[int], pieces: Sequence[str], values: dict[str, np.ndarray]):
+    def __init__(self, ids: Sequence[int], pieces: Sequence[str], values: dict):
         super().__init__({name: value[0] for name, value in values.items()})
         self.ids, self.pieces = list(ids), list(pieces)
 
@@ -66,40 +73,52 @@ class Trace(dict):
 
     @property
     def stream(self) -> np.ndarray:
-        "The residual stream after the embedding and after every block: (layers + 1, seq, dim)."
+        "The stream after the embedding and after every block: (layers + 1, seq, dim)."
         return np.stack([self["tok_embeddings"], *self.stack("layers.*")])
 
-# %% ../nbs/13_inside.ipynb #19f08e83
+# %% ../nbs/13_inside.ipynb #aca5e118
 def read_pieces(tokenizer, ids: Sequence[int]) -> list[str]:
-    "Tokens one by one, so that each can be seen: as text where it has one, else by its name in the vocabulary."
-    texts = [tokenizer.decode([id]) for id in ids]
-    return [text.replace("\n", "↵") if text.strip("\ufffd") else tokenizer.pieces[id] for id, text in zip(ids, texts)]
+    "Tokens one by one, to be read: as text if it can be seen, else by the name in the vocabulary."
+    def read(id):
+        text = tokenizer.decode([id]).replace("\n", "↵")
+        return text if text.strip("\ufffd") else tokenizer.pieces[id]
+    return [read(id) for id in ids]
 
 def trace(llm: Llama, prompt: str | Sequence[int], replace: dict | None = None) -> Trace:
-    """Every named value of one pass over a prompt. `replace`: by name (`*` for every layer's number) an array, or a function
-    of (value, seen), of a batch of one; `seen(name)` is what was last computed under a name."""
-    ids, values = check_prompt(prompt, llm.tokenizer, llm.config.context_length), {}
+    """Every named value of one pass over a prompt.
+
+    `replace`: by name (`*` for every layer's number) an array, or a function of (value, seen),
+    of a batch of one; `seen(name)` is what was last computed under a name."""
+    values, ids = {}, check_prompt(prompt, llm.tokenizer, llm.config.context_length)
     run_pass(llm, [ids], replace, values)
     return Trace(ids, read_pieces(llm.tokenizer, ids), values)
 
-# %% ../nbs/13_inside.ipynb #76391c06
+# %% ../nbs/13_inside.ipynb #4e677ab7
 def silence(heads: Sequence[tuple[int, int]]) -> dict[str, Callable]:
     "A replacement by which heads, given as (layer, head), add nothing."
-    def without(silent):
-        return lambda weights, seen: weights * ~np.isin(np.arange(weights.shape[1]), silent)[:, None, None]
     silent = {}
-    for layer, head in heads: silent.setdefault(layer, []).append(head)
-    return {f"layers.{layer}.attention.weights": without(few) for layer, few in silent.items()}
+    for layer, head in heads:
+        silent.setdefault(f"layers.{layer}.attention.weights", []).append(head)
 
-# %% ../nbs/13_inside.ipynb #63da36fc
+    def without(few):
+        def change(weights, seen):
+            kept = ~np.isin(np.arange(weights.shape[1]), few)
+            return weights * kept[:, None, None]
+        return change
+    return {name: without(few) for name, few in silent.items()}
+
+# %% ../nbs/13_inside.ipynb #e5027af6
 def lens(llm: Llama, stream: np.ndarray) -> np.ndarray:
-    "The logits (..., seq, vocab) that the last norm and the output make of a stream (layers, seq, dim)."
-    layers = {name: layer for name, layer in model_layers(llm.model).items() if not isinstance(layer, Block)}
-    def listen(name, value): return ops.convert_to_tensor(stream) if name == "tok_embeddings" else value
+    "The logits (..., seq, vocab) that norm and output make of a stream (..., seq, dim)."
+    layers = model_layers(llm.model).items()
+    layers = {name: layer for name, layer in layers if not isinstance(layer, Block)}
+
+    def listen(name, value):
+        return ops.convert_to_tensor(stream) if name == "tok_embeddings" else value
     with listening(listen):
         return ops.convert_to_numpy(forward(layers, np.zeros(stream.shape[:2], "int32")))
 
-# %% ../nbs/13_inside.ipynb #6fee6405
+# %% ../nbs/13_inside.ipynb #a875c482
 def side_by_side(replaces: Sequence[dict]) -> dict[str, Callable]:
     "One replacement for a batch, whose row `r` is treated by `replaces[r]`."
     changes = {}

@@ -13,6 +13,7 @@
     return element
   }
   const shown = piece => piece.trim() === "" ? "␣" : piece.replace(/^ /, "␣")
+  const quoted = piece => `“${shown(piece)}”`
   const percent = share => share >= 0.0995 ? `${Math.round(100 * share)} %` : `${(100 * share).toFixed(1)} %`
 
   // The weight, 0 to 1, that a head gives to `key` from `query`; only those below the diagonal are stored.
@@ -120,12 +121,12 @@
     }
     frame.setAttribute("y", query * 20)
     const looks = names.slice(0, query + 1).map((name, key) => [name, key, weight(prompt, state.layer, state.head, query, key)]).sort((a, b) => b[2] - a[2])
-    const places = looks.slice(0, 3).filter(([, , share]) => share >= .05).map(([name, key, share]) => `${name} (token ${key + 1}, ${percent(share)})`)
+    const places = looks.slice(0, 3).filter(([, , share]) => share >= .05).map(([name, key, share]) => `“${name}” (token ${key + 1}, ${percent(share)})`)
     mapTitle.textContent = `Layer ${state.layer}, head ${state.head}: rows look, columns are looked at`
     map.firstChild.setAttribute("aria-label", `Attention map of layer ${state.layer}, head ${state.head}`)
     const after = guesses(prompt, state.layer + 1, query)
-    says.textContent = `${names[query]} (token ${query + 1}) looks at ${places.join(", ") || "nothing in particular"}. After layer ${state.layer} the stream there says ${shown(after[0][0])} (${percent(after[0][1])}).`
-    bestTitle.textContent = `At ${names[query]}, after layer ${state.layer}`
+    says.textContent = `“${names[query]}” (token ${query + 1}) looks at ${places.join(", ") || "nothing in particular"}. After layer ${state.layer} the stream there says ${quoted(after[0][0])} (${percent(after[0][1])}).`
+    bestTitle.textContent = `At “${names[query]}”, after layer ${state.layer}`
     best.replaceChildren(...after.map(([word, chance]) => make("li", { style: `--chance: ${100 * chance}%` }, make("span", {}, shown(word)), make("span", {}, percent(chance)))))
     Array.from(lens.children).forEach((row, passed) => {
       const [word, chance] = guesses(prompt, passed, query)[0]
