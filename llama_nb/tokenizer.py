@@ -9,8 +9,8 @@ __all__ = ['NORMAL', 'UNKNOWN', 'CONTROL', 'USER_DEFINED', 'UNUSED', 'BYTE', 'SP
            'merge_parts', 'library_model', 'library_encoder', 'letter_bytes', 'ByteLevelTokenizer', 'parse_ranks',
            'merges_of', 'turn_ends', 'tiktoken_tokenizer', 'space_writer', 'MetaspaceTokenizer', 'steps', 'how_written',
            'json_pieces', 'json_tokenizer', 'read_json', 'find_template', 'first_token', 'configured', 'write_field',
-           'serialize_model', 'make_tokenizer', 'gguf_tokenizer', 'gguf_vocabulary', 'tokenizer_file', 'read_tokenizer',
-           'load_tokenizer', 'check_vocabulary', 'synth_tokenizer']
+           'serialize_model', 'make_tokenizer', 'gguf_tokenizer', 'gguf_vocabulary', 'library_json', 'tokenizer_files',
+           'tokenizer_file', 'read_tokenizer', 'load_tokenizer', 'check_vocabulary', 'synth_tokenizer']
 
 # %% ../nbs/02_tokenizer.ipynb #dc8a60c9
 import base64, codecs, functools, heapq, json, re, struct, sys
@@ -674,6 +674,39 @@ def gguf_vocabulary(tokenizer: Tokenizer) -> dict:
     fields |= {f"{name}_token_id": id for name, id in names if id is not None}
     template = {"tokenizer.chat_template": tokenizer.chat_template} if tokenizer.chat_template else {}
     return {f"tokenizer.ggml.{name}": value for name, value in fields.items()} | template
+
+# %% ../nbs/02_tokenizer.ipynb #b71d0a02
+def library_json(tokenizer: Tokenizer) -> str:
+    "A `tokenizer.json` of the `tokenizers` library, with its special tokens and its way back to text."
+    from tokenizers import AddedToken, Tokenizer as Library, decoders
+    if isinstance(tokenizer, ByteLevelTokenizer):
+        library, back = tokenizer.library, decoders.ByteLevel()
+    else:
+        front = [decoders.Strip(" ", 1, 0)] if tokenizer.strip_first_space else []
+        library, spaces = tokenizer.libraries[True], decoders.Replace(SPACE, " ")
+        back = decoders.Sequence([spaces, decoders.ByteFallback(), decoders.Fuse(), *front])
+    library, special = Library.from_str(library.to_str()), sorted(tokenizer.special)
+    library.decoder = back
+    library.add_special_tokens([AddedToken(tokenizer.pieces[id], normalized=False) for id in special])
+    return library.to_str()
+
+
+# %% ../nbs/02_tokenizer.ipynb #b71d0a03
+def tokenizer_files(tokenizer: Tokenizer) -> dict[str, bytes]:
+    "The files, by name, from which a checkpoint's folder gives the same tokenizer again."
+    def as_json(**fields):
+        known = {name: value for name, value in fields.items() if value is not None}
+        return json.dumps(known, ensure_ascii=False, indent=1).encode()
+    def text(id): return None if id is None else tokenizer.pieces[id]
+    is_model = isinstance(tokenizer, SentencePieceTokenizer)
+    pieces = ({"tokenizer.model": serialize_model(tokenizer.model)} if is_model
+              else {"tokenizer.json": library_json(tokenizer).encode()})
+    config = as_json(tokenizer_class="LlamaTokenizer" if is_model else "PreTrainedTokenizerFast",
+                     bos_token=text(tokenizer.bos_id), eos_token=text(tokenizer.eos_id),
+                     add_bos_token=tokenizer.add_bos, chat_template=tokenizer.chat_template)
+    ends = as_json(bos_token_id=tokenizer.bos_id, eos_token_id=sorted(tokenizer.stop_ids))
+    return pieces | {"tokenizer_config.json": config, "generation_config.json": ends}
+
 
 # %% ../nbs/02_tokenizer.ipynb #8b46fa64
 def tokenizer_file(path: Path) -> Path:

@@ -508,7 +508,7 @@ def test_truncated_models():
 
 def test_a_model_that_sentencepiece_refuses():
     pytest.importorskip("tensorflow_text", reason="tensorflow-text has no wheel here")
-    odd = parse_model(BARD)._replace(pieces=[*parse_model(BARD).pieces, Piece("", 0.0, NORMAL)])
+    odd = parse_model(BARD)._replace(charsmap=b"broken")
     with pytest.raises(TokenizerError, match="SentencePiece refuses the model"):
         SentencePieceTokenizer(serialize_model(odd), by_hand=False).encode("bees")
 
