@@ -3,6 +3,7 @@ import contextlib
 import dataclasses
 import hashlib
 import http.server
+import importlib.util
 import json
 import os
 import struct
@@ -323,17 +324,33 @@ def test_transformers_reads_what_we_write(variant, transformers, tmp_path):
     assert len(list((tmp_path / "60KB").glob("*.safetensors"))) > 1
 
 
-def test_llama_cpp_reads_what_we_write(tmp_path):
-    "The likeliest next token after every position of a sentence, with its ids, is our model's."
-    pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed: written GGUF files are not loaded by llama.cpp")
-    from llama_nb.library import load, open_llama_cpp
-    from llama_nb.tokenizer import gguf_vocabulary
-    bard = load("bard")
-    write_gguf(tmp_path / "bard.gguf", open_checkpoint(bard_folder()), gguf_vocabulary(bard.tokenizer))
-    ids = bard.tokenizer.encode("To be, or not to be, that is the question")
-    advance, _ = open_llama_cpp(tmp_path / "bard.gguf", bard.config, 1, 64)
-    theirs = [np.array(advance(ids[:end])) for end in range(1, len(ids) + 1)]
-    assert np.abs(theirs - bard.logits(ids)).max() < 0.1 and (np.argmax(theirs, -1) == np.argmax(bard.logits(ids), -1)).all()
+LLAMA_CPP = """
+import json, sys, xllamacpp as llama_cpp
+options = llama_cpp.CommonParams()
+options.model.path, options.n_ctx, options.n_parallel, options.cpuparams.n_threads, options.warmup, options.verbosity = sys.argv[1], 256, 1, 1, False, -1
+answer = llama_cpp.Server(options).handle_completions(dict(prompt=json.loads(sys.argv[2]), n_predict=24, temperature=0.0, logprobs=5))
+print(json.dumps([(token["id"], [(top["id"], top["logprob"]) for top in token["top_logprobs"]]) for token in answer["choices"][0]["logprobs"]["content"]]))
+"""
+
+
+@pytest.mark.parametrize("scaling", [None, RopeScaling("linear", 4.0), LLAMA_3], ids=["plain", "linear", "llama3"])
+def test_llama_cpp_reads_what_we_write(scaling, tmp_path):
+    "Bard, its vocabulary and a pretended scaling: llama.cpp, which rounds more on its way, goes on with the same tokens, as far as these are clear."
+    if not importlib.util.find_spec("xllamacpp"): pytest.skip("xllamacpp is not installed: written GGUF files are not loaded by llama.cpp")
+    from llama_nb.library import load
+    from llama_nb.tokenizer import gguf_vocabulary, load_tokenizer
+    bard, path = open_checkpoint(bard_folder()), tmp_path / "bard.gguf"
+    write_gguf(path, Checkpoint("bard", dataclasses.replace(bard.config, rope_scaling=scaling), dict(bard)), gguf_vocabulary(load_tokenizer(bard_folder())))
+    ours = load(path)
+    ids = list(map(int, ours.tokenizer.encode("To be, or not to be, that is the question: whether 'tis nobler in the mind to suffer the slings and arrows of outrageous fortune, or to take arms")))
+    result = subprocess.run([sys.executable, "-c", LLAMA_CPP, path, json.dumps(ids)], capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr[-2000:]
+    tokens = json.loads(result.stdout.splitlines()[-1])
+    logits = np.asarray(ours.logits(ids + [token for token, _ in tokens]))[len(ids) - 1:-1].astype(np.float64)
+    probabilities = np.exp(logits - logits.max(-1, keepdims=True))
+    probabilities /= probabilities.sum(-1, keepdims=True)
+    for (token, top), row in zip(tokens, probabilities, strict=True):
+        assert row[token] > row.max() - 0.02 and all(abs(np.exp(logprob) - row[other]) < 0.02 for other, logprob in top)
 
 
 # The Hub, played by this computer ------------------------------------------------------------------------------------------
