@@ -67,6 +67,7 @@ def read_json(path) -> dict:
 SAFETENSORS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 def whole_numbers(values, most: int) -> bool:
+    "Whether it is a list of so many whole numbers at most, none of them negative."
     return isinstance(values, list) and len(values) <= most and all(
         type(value) is int and 0 <= value < 2**63 for value in values)
 
@@ -545,6 +546,7 @@ def hub_reason(error: Exception) -> str:
 
 # %% ../nbs/01b_forms.ipynb #610379a7
 def hub_snapshot(hub, repository: str, revision: str | None, file: str | None) -> Path:
+    "The folder in the Hub's cache with the files that are needed."
     get = functools.partial(hub.snapshot_download, repository, revision=revision)
     try:
         listed = hub.HfApi().model_info(repository, revision=revision, timeout=10).siblings
@@ -583,7 +585,9 @@ def fetch_repository(name: str, progress: bool = True) -> Path:
     return folder if file is None else folder / file
 
 # %% ../nbs/01b_forms.ipynb #93112c7a
-def stored_bytes(tensor: LazyTensor) -> int: return math.prod(tensor.shape) * tensor.dtype.itemsize
+def stored_bytes(tensor: LazyTensor) -> int:
+    "How many bytes its numbers take."
+    return math.prod(tensor.shape) * tensor.dtype.itemsize
 
 # %% ../nbs/01b_forms.ipynb #c553a699
 def counted(tensors: Mapping[str, LazyTensor], progress: bool):
