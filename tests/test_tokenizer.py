@@ -442,7 +442,7 @@ def test_gguf_vocabulary_and_back(kind, tokenizers, tmp_path):
 @pytest.mark.parametrize("content, message", [
     (None, "no such file"), (b"", "empty"), (b"<!DOCTYPE html><html>", "web page"), (b"version https://git-lfs.github.com/spec/v1\n", "Git-LFS"),
     (b"\x08\x01", "not a SentencePiece model"), (b"PK\3\4" + bytes(100), "not a SentencePiece model"), (b"hello, world" * 99, "not a SentencePiece model"),
-    (b'{"model": {"type": "BPE"}}', "not a tokenizer, or cut short"), (b"GGUF" + bytes(20), "not a GGUF file"), (b"GGUF", "not a GGUF file"), (bytes(1000), "not a SentencePiece model"),
+    (b'{"model": {"type": "BPE"}}', "not a tokenizer, or cut short"), (b"GGUF" + bytes(20), "not a GGUF file"), (b"GGUF", "cut short"), (bytes(1000), "not a SentencePiece model"),
     (b'{"model_max_length": 9}', "model is missing"), (b"{" * 100_000, "not JSON"), (b'{"model": ' * 100_000, "not JSON"), (b'{"model": "\xff"}', "not JSON"),
     (serialize_model(parse_model(BARD)._replace(is_bpe=False)), "byte-pair model was expected, found unigram"),
     (serialize_model(parse_model(BARD)._replace(pieces=parse_model(BARD).pieces * 2)), "256 bytes or none"),
