@@ -573,9 +573,9 @@ def check_room(folder: Path, needed: int) -> None:
 
 # %% ../nbs/01_checkpoint.ipynb #d0edfaaa
 def write_meta(folder, config: LlamaConfig, read: Callable[[str], np.ndarray],
-               tokenizer: bytes | None = None, dtype: str = "bfloat16",
+               tokenizer_files: Mapping[str, bytes] = {}, dtype: str = "bfloat16",
                progress: bool = False) -> None:
-    """Writes Meta's layout: `read(name)` gives the values of each tensor.
+    """Writes Meta's layout: `read(name)` gives the values of each tensor; `tokenizer_files` are put beside them as they are.
 
     A tied output is written out as a copy of the embedding, as Meta does."""
     folder, shapes = Path(folder), dataclasses.replace(config, tied=False).tensor_shapes()
@@ -591,8 +591,7 @@ def write_meta(folder, config: LlamaConfig, read: Callable[[str], np.ndarray],
     with reading(folder), written_whole(folder) as part:
         part.mkdir()
         put_tensors(part / "consolidated.00.pth", tensors(), dtype)
-        if tokenizer is not None:
-            (part / "tokenizer.model").write_bytes(tokenizer)
+        for name, content in tokenizer_files.items(): (part / name).write_bytes(content)
         (part / "params.json").write_text(json.dumps(config.to_params(), indent=1) + "\n")
 
 # %% ../nbs/01_checkpoint.ipynb #4f8d49c2
@@ -610,7 +609,8 @@ def synth(folder, like: str = "7B", n_layers: int | None = None, seed: int = 0,
         if len(shape) == 1:
             return np.ones(shape, np.float32)
         return rng.standard_normal(shape, np.float32) * np.float32(0.02)
-    write_meta(folder, config, read, tokenizer, progress=progress)
+    files = {} if tokenizer is None else {"tokenizer.model": tokenizer}
+    write_meta(folder, config, read, files, progress=progress)
     return config
 
 # %% ../nbs/01_checkpoint.ipynb #a7d4bf7e

@@ -252,7 +252,7 @@ def train_folder(folder, config: LlamaConfig, texts: list[str], held_out: list[s
         return dict(sample=Llama(model, tokenizer, config).generate(opening, max_new_tokens=60, temperature=0.8, seed=1))
     model, log = train(config, tokenizer, texts, held_out, steps, batch_size, measure=speak, state=kept / "state.npz", **options)
     log = dict(tokens_per_step=batch_size * config.context_length) | log
-    write_meta(folder, config, lambda name: read_weight(model, name), file.read_bytes())
+    write_meta(folder, config, lambda name: read_weight(model, name), {file.name: file.read_bytes()})
     (folder / "training.json").write_text(json.dumps(log))
     shutil.rmtree(kept)
     return log

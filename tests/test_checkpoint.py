@@ -119,7 +119,7 @@ def test_every_form_gives_the_same_checkpoint(form, arrays, tmp_path):
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 def test_meta_round_trip(dtype, arrays, tmp_path):
-    write_meta(tmp_path / "model", CONFIG, arrays.get, b"tokens", dtype)
+    write_meta(tmp_path / "model", CONFIG, arrays.get, {"tokenizer.model": b"tokens"}, dtype)
     checkpoint = open_checkpoint(tmp_path / "model")
     for name, values in arrays.items():
         assert checkpoint[name].dtype == checkpoint[name].stored == dtype

@@ -19,7 +19,7 @@ from llama_nb import checkpoint, engine, library
 from llama_nb.checkpoint import LlamaConfig, bard_folder
 from llama_nb.forms import open_checkpoint
 from llama_nb.library import main
-from llama_nb.tokenizer import synth_tokenizer
+from llama_nb.tokenizer import load_tokenizer, synth_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 HEAVY = ["keras", "matplotlib", "nbdev", "tensorflow", "torch"]
@@ -312,7 +312,31 @@ def test_synth_keeps_what_is_there(tiny, complaint, empty_folder):
     assert "poem.txt" in complaint("synth", ".", "--like", "tiny")
 
 
-@pytest.mark.parametrize("command", ["", "generate", "chat", "info", "synth"])
+@pytest.mark.parametrize("form", ["meta", "hf", "gguf"])
+def test_convert_to_other_forms(form, complaint, capsys):
+    assert main(["convert", "bard", "it", "--to", form]) == 0
+    assert capsys.readouterr().out.startswith("it: 4,676,352 parameters as ")
+    bard, it = open_checkpoint(bard_folder()), open_checkpoint("it")
+    assert all((it.read(name) == bard.read(name)).all() for name in bard) and it.config == bard.config
+    assert load_tokenizer("it").encode("Où, 1 bee?") == load_tokenizer(bard_folder()).encode("Où, 1 bee?")
+    assert "it: " in complaint("convert", "bard", "it", "--to", form)
+
+
+def test_convert_refuses_a_dtype_that_a_form_has_not(complaint, tmp_path):
+    assert "--to hf" in complaint("convert", "bard", "it", "--to", "hf", "--dtype", "int4") and not Path("it").exists()
+
+
+def test_train(complaint, capsys):
+    Path("texts.txt").write_text((bard_folder().parent / "macbeth.txt").read_text()[:30_000])
+    assert main("train texts.txt it --preset infant --minutes 0.01 --json".split()) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["steps"] >= 20 and 1 < report["bits_per_byte"] < 9
+    assert main("generate -m it -p To -n 2 --temp 0".split()) == 0
+    capsys.readouterr()
+    assert "nowhere.txt" in complaint("train", "nowhere.txt", "new") and not Path("new").exists()
+
+
+@pytest.mark.parametrize("command", ["", "generate", "chat", "info", "synth", "convert", "train", "bench"])
 def test_help(capsys, command):
     with pytest.raises(SystemExit) as end:
         main([*command.split(), "--help"])

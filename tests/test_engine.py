@@ -51,7 +51,8 @@ def llm(converted):
 def source(tmp_path_factory):
     folder, rng = tmp_path_factory.mktemp("tiny") / "source", np.random.default_rng(0)
     shapes = TINY.tensor_shapes()
-    write_meta(folder, TINY, lambda name: rng.standard_normal(shapes[name]) * 0.05 + (len(shapes[name]) == 1), synth_tokenizer(TINY.vocab_size))
+    write_meta(folder, TINY, lambda name: rng.standard_normal(shapes[name]) * 0.05 + (len(shapes[name]) == 1),
+               {"tokenizer.model": synth_tokenizer(TINY.vocab_size)})
     return folder
 
 
@@ -115,7 +116,7 @@ def test_scaled_positions_and_a_window(tmp_path):
     "bard with positions of another kind, beyond its trained length, against the Keras model of the same weights."
     bard = open_checkpoint(bard_folder())
     config = dataclasses.replace(bard.config, context_length=512, rope_scaling=RopeScaling("llama3", 4.0, 256), sliding_window=100)
-    write_meta(tmp_path / "bard", config, bard.read, (bard_folder() / "tokenizer.model").read_bytes())
+    write_meta(tmp_path / "bard", config, bard.read, {"tokenizer.model": (bard_folder() / "tokenizer.model").read_bytes()})
     llm = load(convert(tmp_path / "bard", tmp_path / "int8"))
     oracle = load_weights(build_model(config), open_dequantized(open_converted(tmp_path / "int8")))
     ids = llm.tokenizer.encode((Path(llama_nb.__file__).parent / "data" / "macbeth.txt").read_text())[:300]

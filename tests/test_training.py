@@ -141,7 +141,7 @@ def test_norms_are_spared_from_weight_decay():
 
 def test_saved_model_is_read_back(trained, tokenizer, tmp_path):
     model, _ = trained
-    write_meta(tmp_path / "model", TINY, lambda name: read_weight(model, name), synth_tokenizer(300), dtype="float32")
+    write_meta(tmp_path / "model", TINY, lambda name: read_weight(model, name), {"tokenizer.model": synth_tokenizer(300)}, dtype="float32")
     again = load_weights(build_model(TINY), open_checkpoint(tmp_path / "model"))
     ids = np.arange(16)[None]
     assert (keras.ops.convert_to_numpy(again(ids)) == keras.ops.convert_to_numpy(model(ids))).all()
