@@ -60,8 +60,8 @@ class RotaryEmbedding(keras.layers.Layer):
 
 # %% ../nbs/06_rope.ipynb #06slower6
 def scale_frequencies(frequencies: np.ndarray, scaling: RopeScaling, length: int | None = None) -> np.ndarray:
-    """Slows down the pairs of a head: all alike (linear; Chen et al. 2023), the more the slower they are and the longer
-    the text is (dynamic; Peng et al. 2023), or the slow ones only (llama3; Llama Team 2024)."""
+    """Slows down the pairs of a head: all alike (linear; Chen et al. 2023), the more the slower they are
+    and the longer the text is (dynamic; Peng et al. 2023), or the slow ones only (llama3; Meta 2024)."""
     factor, trained = scaling.factor, scaling.original_context_length
     if scaling.kind == "linear": return frequencies / factor
     if scaling.kind == "dynamic":
@@ -79,6 +79,7 @@ def steady_length(scaling: RopeScaling | None) -> int | None:
 
 def rows_by_length(rope: RotaryEmbedding, start, count):
     "Cosine and sine of `count` positions from `start`, for a text that ends with them."
-    length, places = (ops.cast(value, "float64") for value in (start + count, start + ops.arange(count)))
-    angles = ops.expand_dims(places, 1) * rope_frequencies(rope.head_dim, rope.theta, rope.scaling, length)
-    return [ops.cast(function(angles), "float32") for function in (ops.cos, ops.sin)]
+    length, places = ops.cast(start + count, "float64"), ops.cast(start + ops.arange(count), "float64")
+    speeds = rope_frequencies(rope.head_dim, rope.theta, rope.scaling, length)
+    angles = ops.expand_dims(places, 1) * speeds
+    return [ops.cast(turned(angles), "float32") for turned in (ops.cos, ops.sin)]
