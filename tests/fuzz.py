@@ -7,6 +7,7 @@ A mutation is fixed by its form and number. They run in a child process, which t
 notes how it died and goes on after that mutation.
 """
 import argparse
+import base64
 import io
 import json
 import random
@@ -54,6 +55,23 @@ def sample_json(folder):
     tokenizer.add_special_tokens(["<s>", "</s>"]), tokenizer.add_tokens(["<think>", "<tool>"])
     tokenizer.save(str(folder / "tokenizer.json"))
     (folder / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<s>", "eos_token": {"content": "</s>"}, "add_bos_token": True, "chat_template": "{{ messages[0].content }}"}))
+
+
+def sample_spaces(folder):
+    "Llama 2's kind of tokenizer.json."
+    import tokenizers
+    from tokenizers import models, normalizers
+    texts, merges = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "\u2581", "a", "b", "e", "\u2581a", "be", "ee"], [("\u2581", "a"), ("b", "e"), ("e", "e")]
+    tokenizer = tokenizers.Tokenizer(models.BPE({text: id for id, text in enumerate(texts)}, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
+    tokenizer.add_special_tokens(["<s>", "</s>"])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "special_tokens_map.json").write_text(json.dumps({"bos_token": {"content": "<s>"}, "eos_token": "</s>"}))
+
+
+def sample_ranks(folder):
+    tokens = [*(bytes([byte]) for byte in range(256)), b"be", b"ee", b"th", b"the", b" the", b"bee"]
+    (folder / "tokenizer.model").write_bytes(b"".join(base64.b64encode(token) + b" %d\n" % rank for rank, token in enumerate(tokens)))
 
 
 def sample_pth(folder):
@@ -120,10 +138,10 @@ def sample_bin(folder):
     tensors = read_safetensors(folder / "whole" / "model.safetensors")
     write_pth(folder / "pytorch_model.bin", ((name, tensor.read()) for name, tensor in tensors.items()))
     (folder / "whole" / "model.safetensors").unlink(), (folder / "whole").rmdir()
-    sample_json(folder)
+    sample_spaces(folder)
 
 
-SAMPLES = {"pth": sample_pth, "npy": sample_npy, "gguf": sample_gguf, "quantized": sample_quantized, "safetensors": sample_hf, "bin": sample_bin, "tokenizer.model": sample_model, "tokenizer.json": sample_json}
+SAMPLES = {"pth": sample_pth, "npy": sample_npy, "gguf": sample_gguf, "quantized": sample_quantized, "safetensors": sample_hf, "bin": sample_bin, "tokenizer.model": sample_model, "tiktoken": sample_ranks, "tokenizer.json": sample_json}
 
 
 def open_sample(folder):
