@@ -127,7 +127,7 @@ def ablations(arguments):
         sized, seed = same_size(config, parts), arguments.seed + (name == "LLaMA, another seed")
         state = out.parent / f".{out.stem}.{list(RUNS).index(name)}.npz"
         model, log = train(sized, tokenizer, texts, held_out, arguments.steps, batch_size, dropout=arguments.dropout, seed=seed, state=state,
-                           measure_every=max(1, arguments.steps // 10), progress=sys.stderr.isatty(),
+                           measure_every=max(1, arguments.steps // 4), progress=sys.stderr.isatty(),
                            build=lambda config, initializer: build_variant(config, parts, initializer))
         record["runs"][name] = dict(parts=parts, parameters=model.count_params(), hidden_dim=sized.hidden_dim, loss=log["training"][-1]["loss"],
                                     held_out=log["held_out"], **log["clock"])
