@@ -2,14 +2,14 @@
 
 # %% auto #0
 __all__ = ['SAFETENSORS', 'HF_NAMES', 'ARCHITECTURES', 'ONLY_LLAMA', 'ROTARY_TABLE', 'GGUF_NAMES', 'GGUF_NUMBERS', 'SMALL_FILES',
-           'WEIGHT_FILES', 'HUB_REASONS', 'REPOSITORY', 'open_npy', 'once', 'parse_json', 'read_json', 'whole_numbers',
-           'safetensors_entry', 'read_safetensors', 'shard_path', 'read_indexed', 'hf_tensors', 'their_names',
-           'renamed', 'halves_to_adjacent', 'adjacent_to_halves', 'reordered', 'first_difference', 'hf_rope_fields',
-           'hf_scaling', 'hf_config', 'hf_architecture', 'check_family', 'open_hf', 'GGUFHeader', 'GGUFTensor',
-           'gguf_tensor', 'GGUFFile', 'parse_gguf', 'read_gguf', 'gguf_metadata', 'dequantized', 'llama3_factors',
-           'gguf_scaling', 'gguf_config', 'open_gguf', 'open_checkpoint', 'needed_files', 'hub_reason', 'hub_snapshot',
-           'silent', 'fetch_repository', 'stored_bytes', 'counted', 'write_safetensors', 'hf_fields', 'write_hf',
-           'gguf_fields', 'gguf_tensors', 'put_gguf', 'write_gguf']
+           'WEIGHT_FILES', 'HUB_REASONS', 'REPOSITORY', 'open_npy', 'whole_numbers', 'safetensors_entry',
+           'read_safetensors', 'shard_path', 'read_indexed', 'hf_tensors', 'their_names', 'renamed',
+           'halves_to_adjacent', 'adjacent_to_halves', 'reordered', 'first_difference', 'hf_rope_fields', 'hf_scaling',
+           'hf_config', 'hf_architecture', 'check_family', 'open_hf', 'GGUFHeader', 'GGUFTensor', 'gguf_tensor',
+           'GGUFFile', 'parse_gguf', 'read_gguf', 'gguf_metadata', 'dequantized', 'llama3_factors', 'gguf_scaling',
+           'gguf_config', 'open_gguf', 'open_checkpoint', 'needed_files', 'hub_reason', 'hub_snapshot', 'silent',
+           'fetch_repository', 'stored_bytes', 'counted', 'write_safetensors', 'hf_fields', 'write_hf', 'gguf_fields',
+           'gguf_tensors', 'put_gguf', 'write_gguf']
 
 # %% ../nbs/01b_forms.ipynb #d7ba44ec
 import contextlib, dataclasses, functools, json, math, os, re, struct
@@ -21,7 +21,8 @@ from tqdm import tqdm
 
 from .checkpoint import FLOATS, TYPES, Checkpoint, CheckpointError, LazyTensor, LlamaConfig
 from .checkpoint import RopeScaling, check_file, check_room, check_size, open_meta
-from .checkpoint import read_config, read_pth, reading, written_whole
+from .checkpoint import once, parse_json, read_config, read_json, read_pth, reading
+from .checkpoint import written_whole
 
 # %% ../nbs/01b_forms.ipynb #b631a113
 def open_npy(folder: Path, vocab_size: int | None = None) -> Checkpoint:
@@ -37,31 +38,6 @@ def open_npy(folder: Path, vocab_size: int | None = None) -> Checkpoint:
             values.shape, values.dtype, values.dtype.name,
             functools.partial(map_array, path))
     return Checkpoint(folder, read_config(folder, tensors, vocab_size), tensors)
-
-# %% ../nbs/01b_forms.ipynb #ba794781
-def once(pairs) -> dict:
-    "A dictionary of names and values, in which no name stands twice."
-    found = {}
-    for name, value in pairs:
-        if name in found: raise CheckpointError(f"the name {name} stands twice")
-        found[name] = value
-    return found
-
-# %% ../nbs/01b_forms.ipynb #6123f682
-def parse_json(data: bytes) -> dict:
-    "An object of JSON."
-    found = json.loads(data.decode("utf-8"), object_pairs_hook=once)
-    if not isinstance(found, dict):
-        raise CheckpointError(f"a JSON object was expected, found {type(found).__name__}")
-    return found
-
-# %% ../nbs/01b_forms.ipynb #1e6d781d
-def read_json(path) -> dict:
-    "The object in a JSON file."
-    with reading(path, "not JSON"):
-        if (size := check_file(path).stat().st_size) > 2**24:
-            raise CheckpointError(f"at most {2**24} bytes were expected, found {size}")
-        return parse_json(Path(path).read_bytes())
 
 # %% ../nbs/01b_forms.ipynb #89954ce0
 SAFETENSORS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
