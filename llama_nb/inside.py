@@ -3,7 +3,7 @@
 # %% auto #0
 __all__ = ['star', 'put', 'run_pass', 'Trace', 'read_pieces', 'trace', 'silence', 'lens', 'side_by_side', 'by_row']
 
-# %% ../nbs/13_inside.ipynb #d092fb86
+# %% ../nbs/13_inside.ipynb #38baf8c5
 import re
 from collections.abc import Callable, Sequence
 
@@ -16,12 +16,12 @@ from .generation import Llama, check_prompt
 from .model import forward, model_layers
 from .sampling import GenerationError
 
-# %% ../nbs/13_inside.ipynb #b410ebb8
+# %% ../nbs/13_inside.ipynb #a9bc9fac
 def star(name: str) -> str:
     "A value's name, with `*` for the number of its layer."
     return re.sub(r"\.\d+\b", ".*", name)
 
-# %% ../nbs/13_inside.ipynb #474b67aa
+# %% ../nbs/13_inside.ipynb #a893eb28
 def put(name: str, value, change, seen: Callable):
     "What `change`, an array or a function of (value, seen), puts in the place of a value."
     new = change(value, seen) if callable(change) else change
@@ -32,7 +32,7 @@ def put(name: str, value, change, seen: Callable):
         raise GenerationError(f"{name}: {wanted}, found {found}")
     return ops.broadcast_to(new, expected)
 
-# %% ../nbs/13_inside.ipynb #d0ad0c95
+# %% ../nbs/13_inside.ipynb #4ee7de0c
 def run_pass(llm: Llama, ids, replace: dict | None = None, keep: dict | None = None,
              last: int | None = None) -> np.ndarray:
     """The logits (batch, seq, vocab) for ids (batch, seq), or those of the `last` positions;
@@ -58,7 +58,7 @@ def run_pass(llm: Llama, ids, replace: dict | None = None, keep: dict | None = N
         raise GenerationError(f"replace: {min(missing)} is not a value of this model; it has {names}")
     return ops.convert_to_numpy(logits)
 
-# %% ../nbs/13_inside.ipynb #7ac70c7a
+# %% ../nbs/13_inside.ipynb #60a5c053
 class Trace(dict):
     """The values of one pass by name, in its order, without the batch axis.
     `ids` and `pieces`: the tokens, as numbers and to be read."""
@@ -76,7 +76,7 @@ class Trace(dict):
         "The stream after the embedding and after every block: (layers + 1, seq, dim)."
         return np.stack([self["tok_embeddings"], *self.stack("layers.*")])
 
-# %% ../nbs/13_inside.ipynb #aca5e118
+# %% ../nbs/13_inside.ipynb #39cb34f5
 def read_pieces(tokenizer, ids: Sequence[int]) -> list[str]:
     "Tokens one by one, to be read: as text if it can be seen, else by the name in the vocabulary."
     def read(id):
@@ -93,7 +93,7 @@ def trace(llm: Llama, prompt: str | Sequence[int], replace: dict | None = None) 
     run_pass(llm, [ids], replace, values)
     return Trace(ids, read_pieces(llm.tokenizer, ids), values)
 
-# %% ../nbs/13_inside.ipynb #4e677ab7
+# %% ../nbs/13_inside.ipynb #acfe09d8
 def silence(heads: Sequence[tuple[int, int]]) -> dict[str, Callable]:
     "A replacement by which heads, given as (layer, head), add nothing."
     silent = {}
@@ -107,7 +107,7 @@ def silence(heads: Sequence[tuple[int, int]]) -> dict[str, Callable]:
         return change
     return {name: without(few) for name, few in silent.items()}
 
-# %% ../nbs/13_inside.ipynb #e5027af6
+# %% ../nbs/13_inside.ipynb #5df4ad39
 def lens(llm: Llama, stream: np.ndarray) -> np.ndarray:
     "The logits (..., seq, vocab) that norm and output make of a stream (..., seq, dim)."
     layers = model_layers(llm.model).items()
@@ -118,7 +118,7 @@ def lens(llm: Llama, stream: np.ndarray) -> np.ndarray:
     with listening(listen):
         return ops.convert_to_numpy(forward(layers, np.zeros(stream.shape[:2], "int32")))
 
-# %% ../nbs/13_inside.ipynb #a875c482
+# %% ../nbs/13_inside.ipynb #7c355aac
 def side_by_side(replaces: Sequence[dict]) -> dict[str, Callable]:
     "One replacement for a batch, whose row `r` is treated by `replaces[r]`."
     changes = {}

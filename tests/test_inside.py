@@ -5,9 +5,8 @@ import json
 import numpy as np
 import pytest
 from bs4 import BeautifulSoup
-from test_book import HTML, browser, page, settled  # noqa: F401 (fixtures)
-
 from keras import ops
+from test_book import HTML, browser, page, settled  # noqa: F401 (fixtures)
 
 from llama_nb import GenerationError, Llama
 from llama_nb.inside import lens, run_pass, side_by_side, silence, star, trace
