@@ -8,7 +8,7 @@ __all__ = ['NORMAL', 'UNKNOWN', 'CONTROL', 'USER_DEFINED', 'UNUSED', 'BYTE', 'SP
            'piece_bytes', 'special_pieces', 'SentencePieceTokenizer', 'show_tokens', 'byte_letters', 'word_splitter',
            'merge_parts', 'library_model', 'library_encoder', 'letter_bytes', 'ByteLevelTokenizer', 'parse_ranks',
            'merges_of', 'turn_ends', 'tiktoken_tokenizer', 'space_writer', 'MetaspaceTokenizer', 'steps', 'how_written',
-           'json_pieces', 'json_tokenizer', 'read_json', 'find_template', 'first_token', 'configured', 'write_field',
+           'json_pieces', 'json_tokenizer', 'find_template', 'first_token', 'configured', 'write_field',
            'serialize_model', 'make_tokenizer', 'gguf_tokenizer', 'gguf_vocabulary', 'library_json', 'tokenizer_files',
            'tokenizer_file', 'read_tokenizer', 'load_tokenizer', 'check_vocabulary', 'synth_tokenizer']
 
@@ -19,7 +19,7 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from .checkpoint import CheckpointError, check_file
+from .checkpoint import CheckpointError, check_file, read_json
 from .forms import gguf_metadata, read_gguf
 
 # %% ../nbs/02_tokenizer.ipynb #58271936
@@ -386,7 +386,8 @@ def library_model(pieces: Sequence[Piece], merges: Sequence, **options):
     from tokenizers import models
     vocabulary = {piece.text: id for id, piece in enumerate(pieces)}
     if len(vocabulary) < len(pieces):
-        raise TokenizerError(f"{len(pieces)} different pieces were expected, found {len(vocabulary)}")
+        found = f"{len(pieces)} different pieces were expected, found {len(vocabulary)}"
+        raise TokenizerError(found)
     pairs = merge_parts(merges, vocabulary)
     return models.BPE(vocabulary, pairs, **options), pairs
 
@@ -417,7 +418,8 @@ class ByteLevelTokenizer(Tokenizer):
         self.token_bytes, self.special = list(map(letter_bytes, pieces)), special_pieces(pieces)
         words, whole_words = word_splitter(splitter), splitter == "llama-bpe"
         model, self.merges = library_model(pieces, merges, ignore_merges=whole_words)
-        self.splitter, self.library = splitter, library_encoder(model, pieces, pre_tokenizer=words)
+        self.splitter = splitter
+        self.library = library_encoder(model, pieces, pre_tokenizer=words)
 
     def encode_plain(self, text: str, first: bool = True) -> list[int]:
         return self.library.encode(text, add_special_tokens=False).ids
@@ -435,7 +437,8 @@ def parse_ranks(data: bytes) -> list[bytes]:
         raise TokenizerError("not a file of tiktoken's, or cut short") from None
     if ranks != list(range(len(tokens))):
         raise TokenizerError("ranks should count from 0, one a line")
-    if len(set(tokens)) < len(tokens) or not set(tokens) >= {bytes([byte]) for byte in range(256)}:
+    every_byte = {bytes([byte]) for byte in range(256)}
+    if len(set(tokens)) < len(tokens) or not every_byte <= set(tokens):
         raise TokenizerError("tokens should differ, and have all 256 bytes among them")
     if max(map(len, tokens)) > LONGEST_TOKEN:
         raise TokenizerError(f"tokens should be of at most {LONGEST_TOKEN} bytes")
@@ -465,13 +468,14 @@ def turn_ends(pieces: Sequence[Piece]) -> list[int]:
 # %% ../nbs/02_tokenizer.ipynb #9ec33ed7
 def tiktoken_tokenizer(data: bytes) -> ByteLevelTokenizer:
     "Llama 3's tokenizer, from the bytes of its `tokenizer.model`."
-    tokens, letter_of = parse_ranks(data), {byte: letter for letter, byte in byte_letters().items()}
+    letter_of = {byte: letter for letter, byte in byte_letters().items()}
+    tokens = parse_ranks(data)
     letters = {token: "".join(map(letter_of.get, token)) for token in tokens}
     pieces = [Piece(text, 0, NORMAL) for text in letters.values()]
     pieces += [Piece(text, 0, CONTROL) for text in LLAMA3_SPECIAL]
     merges = [(letters[left], letters[right]) for left, right in merges_of(tokens)]
-    begin, end = len(tokens), len(tokens) + 1
-    return ByteLevelTokenizer(pieces, merges, "llama-bpe").configure(begin, end, turn_ends(pieces))
+    tokenizer = ByteLevelTokenizer(pieces, merges, "llama-bpe")
+    return tokenizer.configure(len(tokens), len(tokens) + 1, turn_ends(pieces))
 
 # %% ../nbs/02_tokenizer.ipynb #1ddb443a
 SCHEMES = "prepend", "always", "first", "never"
@@ -533,7 +537,8 @@ def json_pieces(content: dict) -> list[Piece]:
     kinds |= {token["content"]: CONTROL if token["special"] else USER_DEFINED for token in added}
     if model.get("unk_token") in kinds: kinds[model["unk_token"]] = UNKNOWN
     for rank, merge in enumerate(model["merges"]):
-        ranks.setdefault(merge.replace(" ", "") if isinstance(merge, str) else "".join(merge), rank)
+        made = merge.replace(" ", "") if isinstance(merge, str) else "".join(merge)
+        ranks.setdefault(made, rank)
     return [Piece(text, -float(ranks.get(text, len(ranks))), kinds[text])
             for text in sorted(ids, key=ids.get)]
 
@@ -543,30 +548,21 @@ def json_tokenizer(content: dict) -> Tokenizer:
     model = content["model"]
     if (kind := model.get("type", "BPE")) != "BPE":
         raise TokenizerError(f"byte pairs (BPE) were expected, found {kind}")
-    odd = [key for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix") if model.get(key)]
-    if odd: raise TokenizerError(f"{odd[0]} should not be set, found {model[odd[0]]!r}")
+    for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
+        if model.get(key): raise TokenizerError(f"{key} should not be set, found {model[key]!r}")
     pieces, merges = json_pieces(content), model["merges"]
     written = steps(content.get("normalizer")), steps(content.get("pre_tokenizer"))
     for name in SPLITTERS:
-        if written == how_written(None, word_splitter(name)): return ByteLevelTokenizer(pieces, merges, name)
+        if written == how_written(None, word_splitter(name)):
+            return ByteLevelTokenizer(pieces, merges, name)
     for scheme in SCHEMES:
-        if written == how_written(*space_writer(scheme)): return MetaspaceTokenizer(pieces, merges, scheme)
+        if written == how_written(*space_writer(scheme)):
+            return MetaspaceTokenizer(pieces, merges, scheme)
     found = ", ".join(step["type"] for part in written for step in part) or "nothing"
     raise TokenizerError(f"text should be cut as by {', '.join(SPLITTERS)} or have its spaces "
                          f"written as {SPACE}, found another way ({found})")
 
 # %% ../nbs/02_tokenizer.ipynb #ce2fe3f0
-def read_json(path: Path) -> dict:
-    "The object in a JSON file; empty where there is no file."
-    if not path.exists(): return {}
-    try:
-        content = json.loads(check_file(path).read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        if isinstance(error, CheckpointError): raise
-        raise TokenizerError(f"{path}: not JSON, or cut short") from None
-    if not isinstance(content, dict): raise TokenizerError(f"{path}: a JSON object was expected")
-    return content
-
 def find_template(folder: Path, config: dict) -> str | None:
     "The chat template beside a tokenizer: a file, or in its configuration, alone or as `default`."
     if (file := folder / "chat_template.jinja").exists(): return file.read_text(encoding="utf-8")
@@ -588,8 +584,8 @@ def first_token(processor: dict | None) -> str | None:
 # %% ../nbs/02_tokenizer.ipynb #23b03474
 def configured(tokenizer: Tokenizer, folder: Path) -> Tokenizer:
     "The tokenizer with what the files beside it say about it."
-    def read(name): return read_json(folder / f"{name}.json")
-    config, older, generation = map(read, ("tokenizer_config", "special_tokens_map", "generation_config"))
+    def read(name): return read_json(path) if (path := folder / f"{name}.json").exists() else {}
+    config, older = read("tokenizer_config"), read("special_tokens_map")
     def named(key, default):
         token = config.get(key) or older.get(key)
         text = token.get("content") if isinstance(token, dict) else token
@@ -597,7 +593,7 @@ def configured(tokenizer: Tokenizer, folder: Path) -> Tokenizer:
         if text not in tokenizer.pieces:
             raise TokenizerError(f"{key} should be in the vocabulary, found {text!r}")
         return tokenizer.pieces.index(text)
-    ends = generation.get("eos_token_id") or []
+    ends = read("generation_config").get("eos_token_id") or []
     ends = [ends] if isinstance(ends, int) else ends
     add_bos = config.get("add_bos_token")
     return tokenizer.configure(
@@ -668,17 +664,19 @@ def gguf_vocabulary(tokenizer: Tokenizer) -> dict:
         if isinstance(tokenizer, SentencePieceTokenizer) and not tokenizer.model.is_plain:
             raise TokenizerError("GGUF has no place for a tokenizer that changes its text")
         fields |= {"model": "llama", "pre": "default", "scores": list(map(float, scores)),
-                   "add_space_prefix": tokenizer.strip_first_space, "unknown_token_id": kinds.index(UNKNOWN)}
+                   "add_space_prefix": tokenizer.strip_first_space,
+                   "unknown_token_id": kinds.index(UNKNOWN)}
     others = sorted(tokenizer.stop_ids - {tokenizer.eos_id}, key=lambda id: "eom" in texts[id])
     names = zip(("bos", "eos", "eot", "eom"), (tokenizer.bos_id, tokenizer.eos_id, *others))
     fields |= {f"{name}_token_id": id for name, id in names if id is not None}
-    template = {"tokenizer.chat_template": tokenizer.chat_template} if tokenizer.chat_template else {}
-    return {f"tokenizer.ggml.{name}": value for name, value in fields.items()} | template
+    fields = {f"tokenizer.ggml.{name}": value for name, value in fields.items()}
+    template = tokenizer.chat_template
+    return fields | ({"tokenizer.chat_template": template} if template else {})
 
 # %% ../nbs/02_tokenizer.ipynb #b71d0a02
 def library_json(tokenizer: Tokenizer) -> str:
-    "A `tokenizer.json` of the `tokenizers` library, with its special tokens and its way back to text."
-    from tokenizers import AddedToken, Tokenizer as Library, decoders
+    "A `tokenizer.json` with the special tokens, the begin token and the way back to text."
+    from tokenizers import AddedToken, Tokenizer as Library, decoders, processors
     if isinstance(tokenizer, ByteLevelTokenizer):
         library, back = tokenizer.library, decoders.ByteLevel()
     else:
@@ -687,9 +685,13 @@ def library_json(tokenizer: Tokenizer) -> str:
         back = decoders.Sequence([spaces, decoders.ByteFallback(), decoders.Fuse(), *front])
     library, special = Library.from_str(library.to_str()), sorted(tokenizer.special)
     library.decoder = back
-    library.add_special_tokens([AddedToken(tokenizer.pieces[id], normalized=False) for id in special])
+    texts = [tokenizer.pieces[id] for id in special]
+    library.add_special_tokens([AddedToken(text, normalized=False) for text in texts])
+    if tokenizer.add_bos:
+        begin = tokenizer.pieces[tokenizer.bos_id]
+        library.post_processor = processors.TemplateProcessing(
+            single=[begin, "$A"], special_tokens=[(begin, tokenizer.bos_id)])
     return library.to_str()
-
 
 # %% ../nbs/02_tokenizer.ipynb #b71d0a03
 def tokenizer_files(tokenizer: Tokenizer) -> dict[str, bytes]:
@@ -730,7 +732,8 @@ def read_tokenizer(path: Path) -> Tokenizer:
         return configured(tokenizer.configure(begin, None), path.parent)
     data = path.read_bytes()
     is_ranks = re.match(rb"[A-Za-z0-9+/]+=* [0-9]+\s", data)
-    return configured((tiktoken_tokenizer if is_ranks else SentencePieceTokenizer)(data), path.parent)
+    tokenizer = (tiktoken_tokenizer if is_ranks else SentencePieceTokenizer)(data)
+    return configured(tokenizer, path.parent)
 
 # %% ../nbs/02_tokenizer.ipynb #9013c9fa
 def load_tokenizer(path) -> Tokenizer:
@@ -744,13 +747,15 @@ def load_tokenizer(path) -> Tokenizer:
     except Exception as error:
         reason = f"not a tokenizer, or cut short ({type(error).__name__}: {error})"
     line = "".join(letter if letter.isprintable() else "?" for letter in reason[:500])
-    raise TokenizerError(line if line.startswith((f"{path}: ", f"{path.parent}/")) else f"{path}: {line}")
+    named = line.startswith((f"{path}: ", f"{path.parent}/"))
+    raise TokenizerError(line if named else f"{path}: {line}")
 
 # %% ../nbs/02_tokenizer.ipynb #01597526
 def check_vocabulary(path: Path, tokenizer: Tokenizer, rows: int) -> None:
     "Refuses a tokenizer of another size than the embedding."
     if rows != tokenizer.vocab_size:
-        raise CheckpointError(f"{path}: the tokenizer has {tokenizer.vocab_size} pieces, the embedding {rows} rows")
+        sizes = f"{tokenizer.vocab_size} pieces, the embedding {rows} rows"
+        raise CheckpointError(f"{path}: the tokenizer has {sizes}")
 
 # %% ../nbs/02_tokenizer.ipynb #06d4728a
 def synth_tokenizer(vocab_size: int) -> bytes:

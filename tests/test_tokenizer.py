@@ -1,5 +1,6 @@
 """Tokenizers against outside implementations and bad input; the embedding against Keras' own."""
 import base64
+import copy
 import io
 import json
 import os
@@ -15,7 +16,7 @@ from llama_nb.checkpoint import CheckpointError, bard_folder, cached_file, downl
 from llama_nb.forms import gguf_metadata
 from llama_nb.tokenizer import (BYTE, CONTROL, LLAMA3_SPECIAL, LLAMA3_WORDS, NORMAL, SCHEMES, UNKNOWN, UNUSED, USER_DEFINED, ByteLevelTokenizer, HandMadeBPE,
                                 MetaspaceTokenizer, Piece, SentencePieceTokenizer, TokenizerError, check_vocabulary, gguf_vocabulary, load_tokenizer,
-                                parse_model, parse_ranks, serialize_model, show_tokens, space_writer, synth_tokenizer,
+                                parse_model, parse_ranks, serialize_model, show_tokens, space_writer, synth_tokenizer, tokenizer_files,
                                 tiktoken_tokenizer, word_splitter)
 
 
@@ -430,13 +431,30 @@ def test_gguf_vocabulary_and_back(kind, tokenizers, tmp_path):
         pieces = [*parse_model(BARD).pieces, Piece("[thee]", 0.0, USER_DEFINED)]
         tokenizer = SentencePieceTokenizer(serialize_model(parse_model(BARD)._replace(pieces=pieces)))
     else: tokenizer = tokenizers[kind]
-    tokenizer = tokenizer.configure(tokenizer.bos_id, tokenizer.eos_id, tokenizer.stop_ids, tokenizer.add_bos, "a template")
+    tokenizer = copy.copy(tokenizer).configure(tokenizer.bos_id, tokenizer.eos_id, tokenizer.stop_ids, tokenizer.add_bos, "a template")
     file = write_gguf(tmp_path / "any.gguf", gguf_vocabulary(tokenizer))
     again = load_tokenizer(file)
     for name in ("pieces", "special", "bos_id", "eos_id", "stop_ids", "add_bos", "chat_template", "token_bytes"):
         assert getattr(again, name) == getattr(tokenizer, name), name
     texts = [*random_texts(COUNT, seed=9), "O [thee] thee"]
     assert [again.encode(text) for text in texts] == [tokenizer.encode(text) for text in texts]
+
+
+@pytest.mark.parametrize("kind", ["bard", "bard's merges", "smollm2", "tiktoken"])
+def test_written_files_and_back(kind, tokenizers, tmp_path):
+    "A folder as `convert` writes it: ours reads the same again, and Hugging Face's library gives the same ids."
+    tokenizer = copy.copy(tokenizers[kind])
+    tokenizer.configure(tokenizer.bos_id, tokenizer.eos_id, tokenizer.stop_ids, tokenizer.add_bos, "a template")
+    for name, content in tokenizer_files(tokenizer).items(): (tmp_path / name).write_bytes(content)
+    again, texts = load_tokenizer(tmp_path), [text.replace("</s>", "") for text in random_texts(300, seed=10)]
+    for name in ("pieces", "special", "bos_id", "eos_id", "stop_ids", "add_bos", "chat_template", "token_bytes"):
+        assert getattr(again, name) == getattr(tokenizer, name), name
+    assert [again.encode(text) for text in texts] == [tokenizer.encode(text) for text in texts]
+    if kind == "bard": return
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed (extra [parity])")
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    assert [theirs.encode(text) for text in texts] == [tokenizer.encode(text) for text in texts]
+    assert [theirs.decode(tokenizer.encode(text), skip_special_tokens=True) for text in texts] == [tokenizer.decode(tokenizer.encode(text)) for text in texts]
 
 
 @pytest.mark.parametrize("content, message", [
