@@ -19,7 +19,7 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from .checkpoint import CheckpointError, check_file, read_json
+from .checkpoint import CheckpointError, check_file, read_json, read_small
 from .forms import gguf_metadata, read_gguf
 
 # %% ../nbs/02_tokenizer.ipynb #58271936
@@ -285,9 +285,9 @@ class Tokenizer(Vocabulary):
 
     def encode_parts(self, parts: Iterable[str | int]) -> list[int]:
         "The ids of plain texts and of special tokens (as ids), in a row."
-        row = [[part] if isinstance(part, int) else self.encode_plain(part, place == 0)
-               for place, part in enumerate(parts)]
-        return sum(row, [])
+        row = ([part] if isinstance(part, int) else self.encode_plain(part, place == 0)
+               for place, part in enumerate(parts))
+        return [id for ids in row for id in ids]
 
     def encode(self, text: str, add_bos: bool = True,
                allow_special: bool = False) -> list[int]:
@@ -531,11 +531,11 @@ def json_pieces(content: dict) -> list[Piece]:
     ids = model["vocab"] | {token["content"]: token["id"] for token in added}
     if sorted(ids.values()) != list(range(len(ids))):
         raise TokenizerError(f"ids should be 0..{len(ids) - 1}, each once")
-    kinds, ranks = dict.fromkeys(ids, NORMAL), {}
-    if model.get("byte_fallback"):
+    kinds, ranks, has_bytes = dict.fromkeys(ids, NORMAL), {}, model.get("byte_fallback")
+    if has_bytes:
         kinds |= {text: BYTE for text in ids if re.fullmatch("<0x[0-9A-F]{2}>", text)}
     kinds |= {token["content"]: CONTROL if token["special"] else USER_DEFINED for token in added}
-    if model.get("unk_token") in kinds: kinds[model["unk_token"]] = UNKNOWN
+    if has_bytes and model.get("unk_token") in kinds: kinds[model["unk_token"]] = UNKNOWN
     for rank, merge in enumerate(model["merges"]):
         made = merge.replace(" ", "") if isinstance(merge, str) else "".join(merge)
         ranks.setdefault(made, rank)
@@ -565,7 +565,7 @@ def json_tokenizer(content: dict) -> Tokenizer:
 # %% ../nbs/02_tokenizer.ipynb #ce2fe3f0
 def find_template(folder: Path, config: dict) -> str | None:
     "The chat template beside a tokenizer: a file, or in its configuration, alone or as `default`."
-    if (file := folder / "chat_template.jinja").exists(): return file.read_text(encoding="utf-8")
+    if (file := folder / "chat_template.jinja").exists(): return read_small(file).decode("utf-8")
     template = config.get("chat_template")
     if isinstance(template, list):
         template = {each["name"]: each["template"] for each in template}.get("default")
@@ -730,7 +730,7 @@ def read_tokenizer(path: Path) -> Tokenizer:
         tokenizer = json_tokenizer(content)
         begin = tokenizer.special_ids.get(first_token(content.get("post_processor")))
         return configured(tokenizer.configure(begin, None), path.parent)
-    data = path.read_bytes()
+    data = read_small(path)
     is_ranks = re.match(rb"[A-Za-z0-9+/]+=* [0-9]+\s", data)
     tokenizer = (tiktoken_tokenizer if is_ranks else SentencePieceTokenizer)(data)
     return configured(tokenizer, path.parent)
