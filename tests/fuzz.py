@@ -254,7 +254,7 @@ def run(form, first, count):
     "Prints each mutation's number before it is opened, and what is wrong with it."
     from llama_nb.checkpoint import CheckpointError
     from llama_nb.tokenizer import TokenizerError
-    with tempfile.TemporaryDirectory() as scratch:
+    with tempfile.TemporaryDirectory(dir="/dev/shm" if Path("/dev/shm").is_dir() else None) as scratch:
         sample = Path(scratch) / "sample"
         sample.mkdir()
         SAMPLES[form](sample)

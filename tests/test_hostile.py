@@ -40,10 +40,11 @@ def within(seconds=4, memory=500 * 2**20):
 def refused(path, action=open_checkpoint):
     "The one line about it that opening and reading must end in."
     with within(), pytest.raises(CheckpointError) as caught:
-        checkpoint = action(path)
-        for name in checkpoint: checkpoint.read(name)
+        opened = action(path)
+        if isinstance(opened, Checkpoint):
+            for name in opened: opened.read(name)
     message = str(caught.value)
-    assert message.startswith(str(path)) and "\n" not in message and "MemoryError" not in message and len(message) < 1000
+    assert message.startswith(str(path)) and "\n" not in message and "MemoryError" not in message and len(message) <= 1000
     return message
 
 
@@ -189,6 +190,26 @@ def test_archives_that_lie(tmp_path):
     assert "uncompressed" in refused(tmp_path / "byteorder.pth", read_pth)
 
 
+@pytest.mark.parametrize("bad", ["a\nb", "\x1b[2J", "\r\n", "x" * 100_000, "\u202ex"])
+def test_names_stay_in_their_line(bad, tmp_path):
+    folder = meta_folder(tmp_path / "model", PARAMS, MODEL | {bad: np.ones(4, np.float32)})
+    assert refused(folder).isprintable()
+    write_pth(folder / "consolidated.01.pth", MODEL.items())
+    assert refused(folder).isprintable()
+
+
+@pytest.mark.parametrize("file", ["params.json", "consolidated.00.pth"])
+def test_what_is_no_file(file, tmp_path):
+    folder = meta_folder(tmp_path / "model", PARAMS)
+    (folder / file).unlink()
+    os.mkfifo(folder / file)
+    assert refused(folder).startswith(f"{folder / file}: ")
+    (folder / file).unlink(), (folder / file).mkdir()
+    assert refused(folder).startswith(f"{folder / file}: ")
+    (folder / file).rmdir(), (folder / file).symlink_to(folder / file)
+    assert refused(folder).startswith(f"{folder / file}: ")
+
+
 # params.json: no number is believed before it is checked ----------------------------------------------------------------------
 
 def meta_folder(folder, params, tensors=MODEL):
@@ -212,7 +233,7 @@ def test_every_field_with_every_wrong_value(field, tmp_path):
         try:
             with within(): opened.append((value, open_checkpoint(folder).config))
         except CheckpointError as error:
-            assert str(error).startswith(str(folder)) and "\n" not in str(error) and len(str(error)) < 1000
+            assert str(error).startswith(str(folder)) and "\n" not in str(error) and len(str(error)) <= 1000
     shapes = CONFIG.tensor_shapes()
     assert all(config.tensor_shapes() == shapes for _, config in opened)
 
@@ -220,18 +241,13 @@ def test_every_field_with_every_wrong_value(field, tmp_path):
 @pytest.mark.parametrize("field", ["dim", "n_layers", "n_heads"])
 def test_missing_fields(field, tmp_path):
     params = {name: value for name, value in PARAMS.items() if name != field}
-    assert f"{field} is missing" in refused_params(meta_folder(tmp_path / "model", params))
-
-
-def refused_params(folder):
-    with within(), pytest.raises(CheckpointError) as caught: open_checkpoint(folder)
-    return str(caught.value)
+    assert f"{field} is missing" in refused(meta_folder(tmp_path / "model", params))
 
 
 @pytest.mark.parametrize("changes", [dict(dim=16), dict(n_layers=2), dict(n_layers=10**6), dict(n_kv_heads=2), dict(n_heads=1), dict(vocab_size=5), dict(vocab_size=2**31 - 1), dict(multiple_of=2**31 - 1),
                                      dict(multiple_of=64), dict(ffn_dim_multiplier=2.0), dict(ffn_dim_multiplier=1e9), dict(dim=2**30, n_heads=2**20)], ids=str)
 def test_numbers_that_are_not_the_tensors(changes, tmp_path):
-    refused_params(meta_folder(tmp_path / "model", PARAMS | changes))
+    refused(meta_folder(tmp_path / "model", PARAMS | changes))
 
 
 # safetensors: a length, a list in JSON, the numbers -----------------------------------------------------------------------------
@@ -329,25 +345,16 @@ def test_shards_that_are_named_amiss(name, folder):
     places = get_places(folder)
     for file in ("sub/model-1.safetensors", "../model-1.safetensors"): (folder / file).write_bytes((folder / "model-1.safetensors").read_bytes())
     put_index(folder, {tensor: name if file == "model-1.safetensors" else file for tensor, file in places.items()})
-    refused_folder(folder)
-
-
-def refused_folder(folder):
-    with within(), pytest.raises(CheckpointError) as caught:
-        checkpoint = open_checkpoint(folder)
-        for name in checkpoint: checkpoint.read(name)
-    message = str(caught.value)
-    assert message.startswith(str(folder)) and "\n" not in message and "MemoryError" not in message and len(message) < 1000
-    return message
+    refused(folder)
 
 
 def test_links_lead_nowhere_else(folder, tmp_path):
     shard = folder / "model-1.safetensors"
     shard.rename(tmp_path / "elsewhere.safetensors")
     shard.symlink_to(tmp_path / "elsewhere.safetensors")
-    assert "link" in refused_folder(folder)
+    assert "link" in refused(folder)
     shard.unlink()
-    assert "no such file" in refused_folder(folder)
+    assert "no such file" in refused(folder)
 
 
 def test_the_hubs_cache_is_made_of_links(folder, tmp_path):
@@ -363,29 +370,29 @@ def test_tensors_in_the_wrong_shard(folder):
     places, shards = get_places(folder), {path.name: path for path in folder.glob("*.safetensors")}
     moved = next(iter(places))
     put_index(folder, places | {moved: "model-2.safetensors"})
-    assert moved in refused_folder(folder)
+    assert moved in refused(folder)
     put_index(folder, {name: file for name, file in places.items() if name != moved})
-    assert moved in refused_folder(folder)
+    assert moved in refused(folder)
     put_index(folder, places | {"model.layers.7.mlp.up_proj.weight": "model-1.safetensors"})
-    assert "layers.7" in refused_folder(folder)
+    assert "layers.7" in refused(folder)
     put_index(folder, places)
     tensors = {name: tensor for path in shards.values() for name, tensor in read_safetensors(path).items() if path.name == "model-2.safetensors" or name == moved}
     write_safetensors(folder / "new", tensors)
     os.replace(folder / "new", shards["model-2.safetensors"])
-    assert moved in refused_folder(folder)
+    assert moved in refused(folder)
 
 
 @pytest.mark.parametrize("content", [b"", b"\n<!DOCTYPE html><html>", b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n", b"\0" * 300, b"GGUF" + b"\xff" * 300])
 @pytest.mark.parametrize("file", ["config.json", "model-1.safetensors", "model.safetensors.index.json"])
 def test_files_that_are_something_else(file, content, folder):
     (folder / file).write_bytes(content)
-    assert refused_folder(folder).startswith(str(folder / file))
+    assert refused(folder).startswith(str(folder / file))
 
 
 @pytest.mark.parametrize("index", [{}, [], {"weight_map": None}, {"weight_map": []}, {"weight_map": {}}, {"weight_map": 3}])
 def test_indexes_that_are_none(index, folder):
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    refused_folder(folder)
+    refused(folder)
 
 
 FIELDS = ["architectures", "model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "intermediate_size", "vocab_size", "head_dim", "rms_norm_eps", "max_position_embeddings", "rope_theta",
@@ -401,7 +408,7 @@ def test_every_field_of_a_config_with_every_wrong_value(field, folder):
         try:
             with within(): opened = open_checkpoint(folder)
         except CheckpointError as error:
-            assert str(error).startswith(str(folder)) and "\n" not in str(error) and len(str(error)) < 1000
+            assert str(error).startswith(str(folder)) and "\n" not in str(error) and len(str(error)) <= 1000
         else:
             assert opened.config.tensor_shapes() == CONFIG.tensor_shapes()
 
@@ -445,7 +452,7 @@ def test_a_gguf_header_made_by_hand_is_read(tmp_path):
 def test_gguf_headers_that_lie(data, tmp_path):
     path = gguf_file(tmp_path / "x.gguf", data)
     with within(), pytest.raises(CheckpointError) as caught: read_gguf(path)
-    assert str(caught.value).startswith(str(path)) and "\n" not in str(caught.value) and len(str(caught.value)) < 1000
+    assert str(caught.value).startswith(str(path)) and "\n" not in str(caught.value) and len(str(caught.value)) <= 1000
 
 
 def test_a_gguf_file_cut_at_every_length(tmp_path):
@@ -467,7 +474,7 @@ def test_every_metadata_field_with_every_wrong_value(key, tmp_path, monkeypatch)
         try:
             with within(): opened = open_checkpoint(tmp_path / "x.gguf")
         except CheckpointError as error:
-            assert str(error).startswith(str(tmp_path)) and "\n" not in str(error) and len(str(error)) < 1000
+            assert str(error).startswith(str(tmp_path)) and "\n" not in str(error) and len(str(error)) <= 1000
         else:
             assert opened.config.tensor_shapes() == CONFIG.tensor_shapes()
 
