@@ -3,7 +3,7 @@
 # %% auto #0
 __all__ = ['star', 'put', 'run_pass', 'Trace', 'read_pieces', 'trace', 'silence', 'lens', 'side_by_side', 'by_row']
 
-# %% ../nbs/13_inside.ipynb #38baf8c5
+# %% ../nbs/13_inside.ipynb #125b1372
 import re
 from collections.abc import Callable, Sequence
 
@@ -16,14 +16,14 @@ from .generation import Llama, check_prompt
 from .model import forward, model_layers
 from .sampling import GenerationError
 
-# %% ../nbs/13_inside.ipynb #a9bc9fac
+# %% ../nbs/13_inside.ipynb #44913b86
 def star(name: str) -> str:
     "A value's name, with `*` for the number of its layer."
     return re.sub(r"\.\d+\b", ".*", name)
 
-# %% ../nbs/13_inside.ipynb #a893eb28
+# %% ../nbs/13_inside.ipynb #52fb30ce
 def put(name: str, value, change, seen: Callable):
-    "What `change`, an array or a function of (value, seen), puts in the place of a value."
+    "What takes the place of a value: `change` itself, or what it makes of (value, seen)."
     new = change(value, seen) if callable(change) else change
     new = ops.convert_to_tensor(new, value.dtype)
     expected, found = tuple(ops.shape(value)), tuple(ops.shape(new))
@@ -32,14 +32,14 @@ def put(name: str, value, change, seen: Callable):
         raise GenerationError(f"{name}: {wanted}, found {found}")
     return ops.broadcast_to(new, expected)
 
-# %% ../nbs/13_inside.ipynb #4ee7de0c
+# %% ../nbs/13_inside.ipynb #f097c7a4
 def run_pass(llm: Llama, ids, replace: dict | None = None, keep: dict | None = None,
              last: int | None = None) -> np.ndarray:
-    """The logits (batch, seq, vocab) for ids (batch, seq), or those of the `last` positions;
-    with values replaced, under names or names with a `*`, by what `put` takes.
+    """The logits (batch, seq, vocab) for ids (batch, seq), or of the `last` positions only.
+    `replace`: what to `put` in the place of values, by name or by a name with `*`.
     `keep`: a dictionary that gets every value."""
     if llm.model is None:
-        raise GenerationError("only the Keras model can be looked into: load it with engine='keras'")
+        raise GenerationError("only a Keras model can be looked into: load with engine='keras'")
     replace, latest, heard = replace or {}, {}, set()
     def seen(name): return latest[star(name)]
 
@@ -51,14 +51,16 @@ def run_pass(llm: Llama, ids, replace: dict | None = None, keep: dict | None = N
         if keep is not None: keep[name] = ops.convert_to_numpy(value)
         return value
 
+    layers, ids = model_layers(llm.model), ops.convert_to_tensor(ids, "int32")
     with listening(listen):
-        logits = forward(model_layers(llm.model), ops.convert_to_tensor(ids, "int32"), last=last)
+        logits = forward(layers, ids, last=last)
     if missing := replace.keys() - heard:
         names = ", ".join(sorted({star(name) for name in heard}))
-        raise GenerationError(f"replace: {min(missing)} is not a value of this model; it has {names}")
+        problem = f"{min(missing)} is not a value of this model"
+        raise GenerationError(f"replace: {problem}; it has {names}")
     return ops.convert_to_numpy(logits)
 
-# %% ../nbs/13_inside.ipynb #60a5c053
+# %% ../nbs/13_inside.ipynb #f5576267
 class Trace(dict):
     """The values of one pass by name, in its order, without the batch axis.
     `ids` and `pieces`: the tokens, as numbers and to be read."""
@@ -76,9 +78,9 @@ class Trace(dict):
         "The stream after the embedding and after every block: (layers + 1, seq, dim)."
         return np.stack([self["tok_embeddings"], *self.stack("layers.*")])
 
-# %% ../nbs/13_inside.ipynb #39cb34f5
+# %% ../nbs/13_inside.ipynb #7989404c
 def read_pieces(tokenizer, ids: Sequence[int]) -> list[str]:
-    "Tokens one by one, to be read: as text if it can be seen, else by the name in the vocabulary."
+    "Tokens one by one, as text if that can be seen, else by their name in the vocabulary."
     def read(id):
         text = tokenizer.decode([id]).replace("\n", "↵")
         return text if text.strip("\ufffd") else tokenizer.pieces[id]
@@ -93,7 +95,7 @@ def trace(llm: Llama, prompt: str | Sequence[int], replace: dict | None = None) 
     run_pass(llm, [ids], replace, values)
     return Trace(ids, read_pieces(llm.tokenizer, ids), values)
 
-# %% ../nbs/13_inside.ipynb #acfe09d8
+# %% ../nbs/13_inside.ipynb #36815985
 def silence(heads: Sequence[tuple[int, int]]) -> dict[str, Callable]:
     "A replacement by which heads, given as (layer, head), add nothing."
     silent = {}
@@ -107,23 +109,25 @@ def silence(heads: Sequence[tuple[int, int]]) -> dict[str, Callable]:
         return change
     return {name: without(few) for name, few in silent.items()}
 
-# %% ../nbs/13_inside.ipynb #5df4ad39
+# %% ../nbs/13_inside.ipynb #6832acc4
 def lens(llm: Llama, stream: np.ndarray) -> np.ndarray:
-    "The logits (..., seq, vocab) that norm and output make of a stream (..., seq, dim)."
+    "What norm and output make of a stream (layers, seq, dim): logits (layers, seq, vocab)."
     layers = model_layers(llm.model).items()
     layers = {name: layer for name, layer in layers if not isinstance(layer, Block)}
 
     def listen(name, value):
         return ops.convert_to_tensor(stream) if name == "tok_embeddings" else value
+    no_ids = np.zeros(stream.shape[:2], "int32")
     with listening(listen):
-        return ops.convert_to_numpy(forward(layers, np.zeros(stream.shape[:2], "int32")))
+        return ops.convert_to_numpy(forward(layers, no_ids))
 
-# %% ../nbs/13_inside.ipynb #7c355aac
+# %% ../nbs/13_inside.ipynb #30b53e14
 def side_by_side(replaces: Sequence[dict]) -> dict[str, Callable]:
     "One replacement for a batch, whose row `r` is treated by `replaces[r]`."
     changes = {}
     for row, replace in enumerate(replaces):
-        for name, change in replace.items(): changes.setdefault(name, {})[row] = change
+        for name, change in replace.items():
+            changes.setdefault(name, {})[row] = change
     return {name: by_row(name, rows) for name, rows in changes.items()}
 
 def by_row(name: str, changes: dict) -> Callable:
@@ -131,6 +135,7 @@ def by_row(name: str, changes: dict) -> Callable:
     def change_rows(batch, seen):
         rows = ops.split(batch, batch.shape[0])
         for row, change in changes.items():
-            rows[row] = put(name, rows[row], change, lambda wanted: seen(wanted)[row:row + 1])
+            def seen_here(wanted): return seen(wanted)[row:row + 1]
+            rows[row] = put(name, rows[row], change, seen_here)
         return ops.concatenate(rows)
     return change_rows
