@@ -3,10 +3,10 @@
 # %% auto #0
 __all__ = ['BYTES', 'WRITERS', 'COMMANDS', 'find_model', 'is_converted', 'open_model', 'cache_bytes', 'memory_table', 'family',
            'describe', 'choose_engine', 'check_choice', 'load', 'check_threads', 'set_threads', 'UsageError', 'Parser',
-           'whole', 'some_text', 'model_options', 'sampling_options', 'make_parser', 'read_prompt', 'sampling_of',
-           'load_for', 'stream_for', 'held_back', 'noticing_interrupts', 'show_stream', 'make_report', 'peak_memory',
-           'as_size', 'format_report', 'run_generate', 'run_chat', 'read_lines', 'run_info', 'run_synth', 'write_form',
-           'as_meta', 'as_hf', 'as_gguf', 'run_convert', 'run_train', 'measure_speed', 'read_bandwidth',
+           'whole', 'some_text', 'model_options', 'sampling_options', 'add_writers', 'make_parser', 'read_prompt',
+           'sampling_of', 'load_for', 'stream_for', 'held_back', 'noticing_interrupts', 'show_stream', 'make_report',
+           'peak_memory', 'as_size', 'format_report', 'run_generate', 'run_chat', 'read_lines', 'run_info', 'run_synth',
+           'write_form', 'as_meta', 'as_hf', 'as_gguf', 'run_convert', 'run_train', 'measure_speed', 'read_bandwidth',
            'write_random_gguf', 'open_llama_cpp', 'run_bench', 'cpu_name', 'main']
 
 # %% ../nbs/15_library.ipynb #c06d773a
@@ -216,6 +216,29 @@ def sampling_options() -> Parser:
     add("-t", "--threads", type=whole(1), help="how many to compute with (default: all cores)")
     return options
 
+# %% ../nbs/15_library.ipynb #a61c0d50
+def add_writers(commands) -> None:
+    "The commands that write models: synth, convert, train."
+    random = commands.add_parser("synth", help="write a checkpoint with random weights, in Meta's layout")
+    random.add_argument("folder", help="where to: an empty or new folder")
+    random.add_argument("--like", default="7B", help=f"one of {', '.join(SIZES)} (default: %(default)s)")
+    random.add_argument("--layers", type=whole(1), help="fewer layers than the original")
+    random.add_argument("-s", "--seed", type=whole(0), default=0, help="the same seed gives the same weights")
+    random.add_argument("--json", action="store_true", help="print one JSON object")
+    convert = commands.add_parser("convert", help="write a model anew: quantized for the fast engine, or in another form")
+    convert.add_argument("source", help="a preset, a folder, a file, or owner/name on the Hub")
+    convert.add_argument("folder", help="where to: a new folder (with --to gguf a new file), or one with the beginning of the same conversion to litert")
+    convert.add_argument("--to", default="litert", choices=["litert", "meta", "hf", "gguf"], help="the form (default: %(default)s)")
+    convert.add_argument("--dtype", choices=["int8", "int4"], help="of the matrices, with --to litert (default: int8); the other forms keep the source's own")
+    convert.add_argument("--json", action="store_true", help="print one JSON object")
+    train = commands.add_parser("train", help="train a small model on texts of your own")
+    train.add_argument("corpus", help="a text file, or a folder of them")
+    train.add_argument("folder", help="where to: a new folder, or that of a training that was interrupted")
+    train.add_argument("--preset", default="bard", help="the model's shape (default: %(default)s)")
+    train.add_argument("--minutes", type=float, help="about how long (default: about ten passes through the texts)")
+    train.add_argument("-s", "--seed", type=whole(0), default=0, help="the same seed gives the same model")
+    train.add_argument("--json", action="store_true", help="print one JSON object")
+
 # %% ../nbs/15_library.ipynb #aac167de
 def make_parser() -> Parser:
     "The grammar of `llama-nb`."
@@ -227,29 +250,11 @@ def make_parser() -> Parser:
     chat.add_argument("--system", help="what the model is told before the conversation")
     info = commands.add_parser("info", parents=[model], help="what a model is, without loading it")
     info.add_argument("path", nargs="?", help="the same as -m")
-    random = commands.add_parser("synth", help="write a checkpoint with random weights, in Meta's layout")
-    random.add_argument("folder", help="where to: an empty or new folder")
-    random.add_argument("--like", default="7B", help=f"one of {', '.join(SIZES)} (default: %(default)s)")
-    random.add_argument("--layers", type=whole(1), help="fewer layers than the original")
-    random.add_argument("-s", "--seed", type=whole(0), default=0, help="the same seed gives the same weights")
-    random.add_argument("--json", action="store_true", help="print one JSON object")
+    add_writers(commands)
     bench = commands.add_parser("bench", parents=[model], help="measure a model's speed")
     bench.add_argument("path", nargs="?", help="the same as -m")
     bench.add_argument("--vs", choices=["llama.cpp"], help="measure it beside this")
     bench.add_argument("-t", "--threads", type=whole(1), help="how many to compute with (default: all cores)")
-    convert = commands.add_parser("convert", help="write a model anew: quantized for the fast engine, or in another form")
-    convert.add_argument("source", help="a preset, a folder, a file, or owner/name on the Hub")
-    convert.add_argument("folder", help="where to: a new folder (with --to gguf a new file), or one with the beginning of the same conversion to litert")
-    convert.add_argument("--to", default="litert", choices=["litert", *WRITERS], help="the form (default: %(default)s)")
-    convert.add_argument("--dtype", choices=["int8", "int4"], help="of the matrices, with --to litert (default: int8); the other forms keep the source's own")
-    convert.add_argument("--json", action="store_true", help="print one JSON object")
-    train = commands.add_parser("train", help="train a small model on texts of your own")
-    train.add_argument("corpus", help="a text file, or a folder of them")
-    train.add_argument("folder", help="where to: a new folder, or that of a training that was interrupted")
-    train.add_argument("--preset", default="bard", help="the model's shape (default: %(default)s)")
-    train.add_argument("--minutes", type=float, help="about how long (default: about ten passes through the texts)")
-    train.add_argument("-s", "--seed", type=whole(0), default=0, help="the same seed gives the same model")
-    train.add_argument("--json", action="store_true", help="print one JSON object")
     return parser
 
 # %% ../nbs/15_library.ipynb #e7189017
