@@ -250,6 +250,14 @@ def mutated(form, number, files):
 
 # The child opens them, the parent counts -------------------------------------------------------------------------------------
 
+def allow(more):
+    "So many bytes more than the process has now, where the system says how many that is; returns the limits before."
+    before, pages = resource.getrlimit(resource.RLIMIT_AS), Path("/proc/self/statm")
+    if pages.exists():
+        resource.setrlimit(resource.RLIMIT_AS, (int(pages.read_text().split()[0]) * resource.getpagesize() + more, before[1]))
+    return before
+
+
 def run(form, first, count):
     "Prints each mutation's number before it is opened, and what is wrong with it."
     from llama_nb.checkpoint import CheckpointError
@@ -260,8 +268,7 @@ def run(form, first, count):
         SAMPLES[form](sample)
         open_sample(sample)
         files = {path.name: path.read_bytes() for path in sorted(sample.iterdir())}
-        size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-        resource.setrlimit(resource.RLIMIT_AS, (size + MEMORY, size + MEMORY))
+        allow(MEMORY)
         for number in range(first, first + count):
             print(number, flush=True)
             folder = Path(scratch) / str(number)

@@ -10,7 +10,6 @@ import struct
 import subprocess
 import time
 import zipfile
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -25,16 +24,14 @@ MODEL = {name: np.ones(shape, np.float32) for name, shape in CONFIG.tensor_shape
 
 
 @contextlib.contextmanager
-def within(seconds=4, memory=500 * 2**20):
-    "So much more memory than now, and of the processor's time two seconds; four, as it may have others to serve."
-    before, (_, hard) = time.process_time(), resource.getrlimit(resource.RLIMIT_AS)
-    pages = int(Path("/proc/self/statm").read_text().split()[0])
-    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + memory, hard))
+def within():
+    "500 MB more memory than now, and of the processor's time two seconds; four, as it may have others to serve."
+    begin, limits = time.process_time(), fuzz.allow(fuzz.MEMORY)
     try:
         yield
     finally:
-        resource.setrlimit(resource.RLIMIT_AS, (hard, hard))
-    assert time.process_time() - before < seconds
+        resource.setrlimit(resource.RLIMIT_AS, limits)
+    assert time.process_time() - begin < 2 * fuzz.SECONDS
 
 
 def refused(path, action=open_checkpoint):
