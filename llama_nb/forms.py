@@ -353,10 +353,13 @@ class GGUFFile:
 def parse_gguf(path: Path, changed: int, size: int) -> GGUFFile:
     with reading(path, "not a GGUF file, or cut short"):
         data = np.memmap(path, np.uint8, "r")
-        header = GGUFHeader(data[:2**25].tobytes())
+        header = GGUFHeader(data[:2**24].tobytes())
         if header.take("s", 4) != (b"GGUF",) or header.take("I")[0] not in (2, 3):
             raise CheckpointError("not a GGUF file of version 2 or 3")
         n_tensors, n_fields = header.take("Q", 2)
+        if max(n_tensors, n_fields) > 10_000:
+            raise CheckpointError(f"{n_tensors} tensors and {n_fields} fields were promised, "
+                                  "more than a LLaMA has")
         fields = once((header.text(), header.value()) for _ in range(n_fields))
         places = once(header.tensor() for _ in range(n_tensors))
         alignment = check_size("general.alignment", fields.get("general.alignment", 32))
