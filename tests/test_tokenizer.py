@@ -1,6 +1,7 @@
 """Tokenizers against outside implementations and bad input; the embedding against Keras' own."""
 import base64
 import copy
+import importlib.util
 import io
 import json
 import os
@@ -438,6 +439,37 @@ def test_gguf_vocabulary_and_back(kind, tokenizers, tmp_path):
         assert getattr(again, name) == getattr(tokenizer, name), name
     texts = [*random_texts(COUNT, seed=9), "O [thee] thee"]
     assert [again.encode(text) for text in texts] == [tokenizer.encode(text) for text in texts]
+
+
+LLAMA_CPP = """
+import json, sys, urllib.request, xllamacpp as llama_cpp
+options = llama_cpp.CommonParams()
+options.model.path, options.n_ctx, options.n_parallel, options.cpuparams.n_threads, options.warmup, options.verbosity = sys.argv[1], 64, 1, 1, False, -1
+server = llama_cpp.Server(options)
+address = server.listening_address + "/tokenize"
+def ask(text, special):
+    body = json.dumps(dict(content=text, add_special=False, parse_special=special)).encode()
+    return json.load(urllib.request.urlopen(urllib.request.Request(address, body, {"Content-Type": "application/json"})))["tokens"]
+print(json.dumps([ask(*job) for job in json.load(sys.stdin)]))
+"""
+
+
+@pytest.mark.parametrize("kind", ["bard", "bard's merges", "smollm2", "tiktoken", pytest.param("llama3", marks=pytest.mark.skipif(COUNT < 10_000, reason="only with LLAMA_NB_FULL=1"))])
+def test_llama_cpp_gives_the_same_ids(kind, request, tmp_path):
+    "Of the vocabularies that we write, special tokens on and off; a model of zeros lies beside."
+    if not importlib.util.find_spec("xllamacpp"): pytest.skip("xllamacpp is not installed (extra [parity]): written vocabularies are not read by llama.cpp")
+    from llama_nb.checkpoint import Checkpoint, LazyTensor, LlamaConfig
+    from llama_nb.forms import write_gguf as write_model
+    tokenizer = request.getfixturevalue("llama3") if kind == "llama3" else request.getfixturevalue("tokenizers")[kind]
+    config = LlamaConfig(dim=32, n_layers=1, n_heads=2, n_kv_heads=1, hidden_dim=32, vocab_size=tokenizer.vocab_size, context_length=64)
+    zeros = {name: LazyTensor(shape, np.dtype("float32"), "float32", lambda shape=shape: np.zeros(shape, "float32")) for name, shape in config.tensor_shapes().items()}
+    write_model(tmp_path / "zeros.gguf", Checkpoint("zeros", config, zeros), gguf_vocabulary(tokenizer))
+    texts = [text for text in special_texts([tokenizer.pieces[id] for id in sorted(tokenizer.special)], 600) if "\0" not in text]
+    jobs = [(text, special) for text in texts for special in (False, True)]
+    result = subprocess.run([sys.executable, "-c", LLAMA_CPP, tmp_path / "zeros.gguf"], input=json.dumps(jobs), capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr[-2000:]
+    for (text, special), ids in zip(jobs, json.loads(result.stdout.splitlines()[-1]), strict=True):
+        assert tokenizer.encode(text, add_bos=False, allow_special=special) == ids, repr(text)
 
 
 @pytest.mark.parametrize("kind", ["bard", "bard's merges", "smollm2", "tiktoken"])
