@@ -3,7 +3,7 @@
 # %% auto #0
 __all__ = ['star', 'put', 'run_pass', 'Trace', 'read_pieces', 'trace', 'silence', 'lens', 'side_by_side', 'by_row']
 
-# %% ../nbs/13_inside.ipynb #125b1372
+# %% ../nbs/13_inside.ipynb #c6e7fa59
 import re
 from collections.abc import Callable, Sequence
 
@@ -16,12 +16,12 @@ from .generation import Llama, check_prompt
 from .model import forward, model_layers
 from .sampling import GenerationError
 
-# %% ../nbs/13_inside.ipynb #44913b86
+# %% ../nbs/13_inside.ipynb #fc375e88
 def star(name: str) -> str:
     "A value's name, with `*` for the number of its layer."
     return re.sub(r"\.\d+\b", ".*", name)
 
-# %% ../nbs/13_inside.ipynb #52fb30ce
+# %% ../nbs/13_inside.ipynb #16546e1d
 def put(name: str, value, change, seen: Callable):
     "What takes the place of a value: `change` itself, or what it makes of (value, seen)."
     new = change(value, seen) if callable(change) else change
@@ -32,7 +32,7 @@ def put(name: str, value, change, seen: Callable):
         raise GenerationError(f"{name}: {wanted}, found {found}")
     return ops.broadcast_to(new, expected)
 
-# %% ../nbs/13_inside.ipynb #f097c7a4
+# %% ../nbs/13_inside.ipynb #46497120
 def run_pass(llm: Llama, ids, replace: dict | None = None, keep: dict | None = None,
              last: int | None = None) -> np.ndarray:
     """The logits (batch, seq, vocab) for ids (batch, seq), or of the `last` positions only.
@@ -60,7 +60,7 @@ def run_pass(llm: Llama, ids, replace: dict | None = None, keep: dict | None = N
         raise GenerationError(f"replace: {problem}; it has {names}")
     return ops.convert_to_numpy(logits)
 
-# %% ../nbs/13_inside.ipynb #f5576267
+# %% ../nbs/13_inside.ipynb #bd2a58d1
 class Trace(dict):
     """The values of one pass by name, in its order, without the batch axis.
     `ids` and `pieces`: the tokens, as numbers and to be read."""
@@ -78,7 +78,7 @@ class Trace(dict):
         "The stream after the embedding and after every block: (layers + 1, seq, dim)."
         return np.stack([self["tok_embeddings"], *self.stack("layers.*")])
 
-# %% ../nbs/13_inside.ipynb #7989404c
+# %% ../nbs/13_inside.ipynb #bfc9fd4f
 def read_pieces(tokenizer, ids: Sequence[int]) -> list[str]:
     "Tokens one by one, as text if that can be seen, else by their name in the vocabulary."
     def read(id):
@@ -95,7 +95,7 @@ def trace(llm: Llama, prompt: str | Sequence[int], replace: dict | None = None) 
     run_pass(llm, [ids], replace, values)
     return Trace(ids, read_pieces(llm.tokenizer, ids), values)
 
-# %% ../nbs/13_inside.ipynb #36815985
+# %% ../nbs/13_inside.ipynb #66ac41a8
 def silence(heads: Sequence[tuple[int, int]]) -> dict[str, Callable]:
     "A replacement by which heads, given as (layer, head), add nothing."
     silent = {}
@@ -109,7 +109,7 @@ def silence(heads: Sequence[tuple[int, int]]) -> dict[str, Callable]:
         return change
     return {name: without(few) for name, few in silent.items()}
 
-# %% ../nbs/13_inside.ipynb #6832acc4
+# %% ../nbs/13_inside.ipynb #aeb39935
 def lens(llm: Llama, stream: np.ndarray) -> np.ndarray:
     "What norm and output make of a stream (layers, seq, dim): logits (layers, seq, vocab)."
     layers = model_layers(llm.model).items()
@@ -121,7 +121,7 @@ def lens(llm: Llama, stream: np.ndarray) -> np.ndarray:
     with listening(listen):
         return ops.convert_to_numpy(forward(layers, no_ids))
 
-# %% ../nbs/13_inside.ipynb #30b53e14
+# %% ../nbs/13_inside.ipynb #166758a2
 def side_by_side(replaces: Sequence[dict]) -> dict[str, Callable]:
     "One replacement for a batch, whose row `r` is treated by `replaces[r]`."
     changes = {}
