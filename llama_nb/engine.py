@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from .checkpoint import Checkpoint, CheckpointError, LazyTensor, LlamaConfig, RopeScaling, cache_folder, check_file
 from .checkpoint import reading, sha256, written_whole
-from .forms import open_checkpoint
+from .forms import add_fields, open_checkpoint
 from .generation import Decoder, Llama, Stream, check_length, common_prefix
 from .quantization import BLOCK, Quantized, pack_int4, quantize_tensor, unpack_int4
 from .sampling import GenerationError, check_number
@@ -469,9 +469,7 @@ def write_tokenizer(tokenizer: Tokenizer, path: Path) -> None:
     "A GGUF file without tensors, of a tokenizer."
     import gguf
     with written_whole(path) as part, contextlib.closing(gguf.GGUFWriter(part, "llama")) as writer:
-        for name, value in gguf_vocabulary(tokenizer).items():
-            kind = gguf.GGUFValueType.UINT32 if type(value) is int else gguf.GGUFValueType.get_type(value)
-            writer.add_key_value(name, value, kind)
+        add_fields(writer, gguf_vocabulary(tokenizer))
         writer.write_header_to_file(), writer.write_kv_data_to_file()
 
 # %% ../nbs/11_cpu_7b.ipynb #262c18a9

@@ -9,7 +9,7 @@ __all__ = ['SAFETENSORS', 'HF_NAMES', 'ARCHITECTURES', 'ONLY_LLAMA', 'ROTARY_TAB
            'GGUFFile', 'parse_gguf', 'read_gguf', 'gguf_metadata', 'dequantized', 'llama3_factors', 'gguf_scaling',
            'gguf_config', 'open_gguf', 'open_checkpoint', 'needed_files', 'hub_reason', 'hub_snapshot', 'silent',
            'fetch_repository', 'stored_bytes', 'counted', 'write_safetensors', 'hf_fields', 'write_hf', 'gguf_fields',
-           'gguf_tensors', 'put_gguf', 'write_gguf']
+           'gguf_tensors', 'add_fields', 'put_gguf', 'write_gguf']
 
 # %% ../nbs/01b_forms.ipynb #d7ba44ec
 import contextlib, dataclasses, functools, json, math, os, re, struct
@@ -666,13 +666,18 @@ def gguf_tensors(checkpoint: Checkpoint) -> dict[str, LazyTensor]:
     return found
 
 # %% ../nbs/01b_forms.ipynb #a1a7e30e
-def put_gguf(writer, fields: Mapping, tensors: Mapping[str, LazyTensor], progress: bool) -> None:
-    "Metadata and tensors, through the `gguf` library's writer."
+def add_fields(writer, fields: Mapping) -> None:
+    "Metadata, through the `gguf` library's writer."
     import gguf
     for key, value in fields.items():
         whole = type(value) is int
         kind = gguf.GGUFValueType.UINT32 if whole else gguf.GGUFValueType.get_type(value)
         writer.add_key_value(key, value, kind)
+
+def put_gguf(writer, fields: Mapping, tensors: Mapping[str, LazyTensor], progress: bool) -> None:
+    "Metadata and tensors, through the same."
+    import gguf
+    add_fields(writer, fields)
     forms = {FLOATS[name]: gguf.GGMLQuantizationType[form] for form, name in SAFETENSORS.items()}
     for name, tensor in tensors.items():
         size, form = stored_bytes(tensor), forms[tensor.dtype]

@@ -10,7 +10,7 @@ __all__ = ['BYTES', 'WRITERS', 'COMMANDS', 'find_model', 'is_converted', 'open_m
            'write_random_gguf', 'open_llama_cpp', 'run_bench', 'cpu_name', 'main']
 
 # %% ../nbs/15_library.ipynb #c06d773a
-import argparse, collections, concurrent.futures, contextlib, dataclasses, json, math, os, platform, re, signal, statistics, sys, tempfile, time
+import argparse, collections, concurrent.futures, contextlib, dataclasses, json, math, os, platform, signal, statistics, sys, tempfile, time
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -18,7 +18,8 @@ import numpy as np
 
 from .checkpoint import PRESETS, SIZES, Checkpoint, CheckpointError, LlamaConfig
 from .checkpoint import bard_folder, fetch, synth, write_meta
-from .forms import GGUF_NAMES, REPOSITORY, fetch_repository, open_checkpoint, write_gguf, write_hf, their_names
+from .forms import GGUF_NAMES, REPOSITORY, add_fields, fetch_repository, gguf_fields, open_checkpoint
+from .forms import their_names, write_gguf, write_hf
 from .reading import quiet_start
 from .sampling import GenerationError, Sampler, check_number
 from .tokenizer import Tokenizer, TokenizerError, check_vocabulary, gguf_vocabulary, load_tokenizer
@@ -510,17 +511,7 @@ def write_random_gguf(path: Path, config: LlamaConfig, kind: str) -> None:
     values, size = gguf.GGML_QUANT_SIZES[kind]
     scale = np.array([0.02 / (4.6 if kind.name == "Q4_0" else 74)], np.float16).view(np.uint8)
     writer, names = gguf.GGUFWriter(path, "llama"), their_names(config, GGUF_NAMES, "blk")
-    writer.add_context_length(config.context_length)
-    writer.add_embedding_length(config.dim)
-    writer.add_block_count(config.n_layers)
-    writer.add_feed_forward_length(config.hidden_dim)
-    writer.add_head_count(config.n_heads)
-    writer.add_head_count_kv(config.n_kv_heads)
-    writer.add_layer_norm_rms_eps(config.norm_eps)
-    writer.add_rope_dimension_count(config.head_dim)
-    writer.add_rope_freq_base(config.rope_theta)
-    writer.add_vocab_size(config.vocab_size)
-    writer.add_tokenizer_model("none")
+    add_fields(writer, gguf_fields(config) | {"tokenizer.ggml.model": "none"})
     shapes = config.tensor_shapes()
     for name, shape in shapes.items():
         count, flat = math.prod(shape), len(shape) == 1
