@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from .checkpoint import LlamaConfig
-from .sampling import GenerationError, Sampler, check_number, softmax
+from .sampling import GenerationError, Sampler, check_number
 from .tokenizer import Tokenizer, check_text, split_at
 
 # %% ../nbs/09_generation.ipynb #d10f243f

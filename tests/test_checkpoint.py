@@ -6,7 +6,6 @@ import http.server
 import io
 import json
 import os
-import pickle
 import shutil
 import subprocess
 import sys

@@ -20,7 +20,7 @@ import pytest
 
 from llama_nb import forms as module
 from llama_nb.checkpoint import FLOATS, Checkpoint, CheckpointError, LazyTensor, LlamaConfig, RopeScaling, bard_folder, write_meta, write_pth
-from llama_nb.forms import GGUF_NAMES, HF_NAMES, adjacent_to_halves, llama3_factors, open_checkpoint, read_safetensors, their_names, write_gguf, write_hf
+from llama_nb.forms import HF_NAMES, adjacent_to_halves, llama3_factors, open_checkpoint, read_safetensors, their_names, write_gguf, write_hf
 
 CONFIG = LlamaConfig(dim=64, n_layers=2, n_heads=4, n_kv_heads=2, hidden_dim=96, vocab_size=128)
 
