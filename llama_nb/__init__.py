@@ -13,6 +13,7 @@ _home = {
     "Llama": "generation",
     "LlamaConfig": "checkpoint",
     "Sampler": "sampling",
+    "trace": "inside",
     "CheckpointError": "checkpoint",
     "TokenizerError": "tokenizer",
     "GenerationError": "sampling",
