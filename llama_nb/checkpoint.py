@@ -309,7 +309,7 @@ def content_offset(file, member: zipfile.ZipInfo) -> int:
     file.seek(member.header_offset)
     signature, _, flags, method, *_, packed, size, name_length, extra_length = struct.unpack(
         "<4s5H3I2H", file.read(30))
-    if method or member.compress_type:
+    if method or member.compress_type or member.compress_size != member.file_size:
         raise CheckpointError(f"{member.filename} should lie in the archive uncompressed")
     name = file.read(name_length).decode("utf-8" if flags & 0x800 else "cp437")
     later = flags & 8 or {packed, size} <= {member.file_size, 2**32 - 1}

@@ -5,6 +5,7 @@ import itertools
 import json
 import os
 import pickle
+import re
 import resource
 import struct
 import subprocess
@@ -171,6 +172,16 @@ def local_header(path, member):
 def test_local_header_and_central_directory_disagree(member, at, content, tmp_path):
     path = archive(tmp_path / "x.pth", listing(("x", tensor())), STORAGE)
     overwrite(path, local_header(path, member) + at, content)
+    refused(path, read_pth)
+
+
+@pytest.mark.parametrize("size", [0, 3, 2**16, 2**31 - 2, 2**32 - 2])
+@pytest.mark.parametrize("at", [20, 24])
+@pytest.mark.parametrize("index", [0, 1])
+def test_sizes_in_the_central_directory(index, at, size, tmp_path):
+    path = archive(tmp_path / "x.pth", listing(("x", tensor())), STORAGE)
+    begin = [found.start() for found in re.finditer(b"PK\1\2", path.read_bytes())][index]
+    overwrite(path, begin + at, struct.pack("<I", size))
     refused(path, read_pth)
 
 
