@@ -21,6 +21,7 @@ import pytest
 from llama_nb import forms as module
 from llama_nb.checkpoint import FLOATS, Checkpoint, CheckpointError, LazyTensor, LlamaConfig, RopeScaling, bard_folder, write_meta, write_pth
 from llama_nb.forms import HF_NAMES, adjacent_to_halves, llama3_factors, open_checkpoint, read_safetensors, their_names, write_gguf, write_hf
+from llama_nb.library import write_form
 
 CONFIG = LlamaConfig(dim=64, n_layers=2, n_heads=4, n_kv_heads=2, hidden_dim=96, vocab_size=128)
 
@@ -384,13 +385,18 @@ def hub(files, refuse=None):
     finally: server.shutdown(), server.server_close()
 
 
-def fetched(tmp_path, name, address="http://127.0.0.1:9", **environment):
-    "`fetch_repository` in a process of its own, as huggingface_hub reads its settings once: (path, None) or (None, the error's line)."
-    program = f"from llama_nb.forms import *\nfrom llama_nb.checkpoint import CheckpointError\ntry: print(fetch_repository({name!r}, False))\nexcept CheckpointError as error: print('!', error)"
+def python(program, tmp_path, address, **environment):
+    "What a program writes that takes this address for the Hub's."
     settings = dict(HF_ENDPOINT=address, HF_HOME=str(tmp_path / "hub"), HF_HUB_DISABLE_TELEMETRY="1", HF_HUB_DISABLE_XET="1", no_proxy="127.0.0.1", HF_TOKEN="") | environment
     result = subprocess.run([sys.executable, "-c", program], env={**os.environ, **settings}, capture_output=True, text=True, timeout=120, cwd=Path(__file__).parent.parent)
     assert result.returncode == 0, result.stderr
-    [line] = result.stdout.splitlines()
+    return result.stdout
+
+
+def fetched(tmp_path, name, address="http://127.0.0.1:9", **environment):
+    "`fetch_repository` in a process of its own, as huggingface_hub reads its settings once: (path, None) or (None, the error's line)."
+    program = f"from llama_nb.forms import *\nfrom llama_nb.checkpoint import CheckpointError\ntry: print(fetch_repository({name!r}, False))\nexcept CheckpointError as error: print('!', error)"
+    [line] = python(program, tmp_path, address, **environment).splitlines()
     return (None, line[2:]) if line.startswith("!") else (Path(line), None)
 
 
@@ -413,6 +419,13 @@ def test_a_repository_is_fetched_once(name, shards, arrays, tmp_path):
     checkpoint = open_checkpoint(path)
     assert all(checkpoint.read(weight).tobytes() == values.tobytes() for weight, values in arrays.items())
     for offline in (dict(HF_HUB_OFFLINE="1"), {}): assert fetched(tmp_path, name, **offline) == (path, None)
+
+
+def test_a_model_from_the_hub_writes(tmp_path):
+    write_form("hf", bard_folder(), tmp_path / "bard")
+    program = "from llama_nb.library import main; main('generate -m {} -p To -n 5 --temp 0'.split())"
+    with hub({path.name: path.read_bytes() for path in (tmp_path / "bard").iterdir()}) as (address, _):
+        assert python(program.format("somebody/tiny"), tmp_path, address) == python(program.format("bard"), tmp_path, address)
 
 
 def test_pickles_where_there_are_no_safetensors(arrays, tmp_path):
