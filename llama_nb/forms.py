@@ -32,8 +32,11 @@ def open_npy(folder: Path, vocab_size: int | None = None) -> Checkpoint:
         return values.view(FLOATS["bfloat16"]) if values.dtype == "V2" else values
     tensors = {}
     for path in sorted(folder.glob("*.npy")):
-        with reading(path, "not a file that numpy.save wrote, or cut short"):
-            values = map_array(check_file(path))
+        with (reading(path, "not a file that numpy.save wrote, or cut short"),
+              open(check_file(path), "rb") as file):
+            if file.read(8) != b"\x93NUMPY\1\0":
+                raise CheckpointError("not a file that numpy.save wrote, or cut short")
+            values = map_array(path)
         tensors[path.name.removesuffix(".npy")] = LazyTensor(
             values.shape, values.dtype, values.dtype.name,
             functools.partial(map_array, path))

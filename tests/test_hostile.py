@@ -218,6 +218,12 @@ def test_what_is_no_file(file, tmp_path):
     assert refused(folder).startswith(f"{folder / file}: ")
 
 
+@pytest.mark.parametrize("start", [b"\x93NUMPY\2\0\xff\xff\xff\xff", b"\x93NUMPY\3\0\xff\xff\xff\x7f", b"\x93NUMPY\1\0\xff\xff", b"\x93NUMPY\1", b"\x93NUMPY\1\0v\0" + b"(" * 9000], ids=str)
+def test_headers_of_npy_files(start, tmp_path):
+    (tmp_path / "norm.weight.npy").write_bytes(start + b"{'descr': '<f4', 'fortran_order': False, 'shape': (4,), }\n" + bytes(16))
+    assert refused(tmp_path).startswith(f"{tmp_path / 'norm.weight.npy'}: ")
+
+
 # params.json: no number is believed before it is checked ----------------------------------------------------------------------
 
 def meta_folder(folder, params, tensors=MODEL):
