@@ -300,7 +300,7 @@ class GGUFHeader:
         "Numbers of a type of `struct`, if there are so many."
         at, size = self.at, count * struct.calcsize(f"<{letter}")
         if size > len(self.data) - at:
-            raise CheckpointError(f"cut short, or broken: {size} bytes were promised at byte {at} "
+            raise CheckpointError(f"a GGUF file cut short, or broken: {size} bytes promised at byte {at} "
                                   f"of a header of at most {len(self.data)}")
         self.at += size
         return struct.unpack_from(f"<{count}{letter}", self.data, at)
