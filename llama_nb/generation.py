@@ -187,11 +187,14 @@ TEMPLATE_LIMITS = dict(CPU=2, DATA=2**28, FSIZE=0)  # seconds, bytes of memory, 
 
 def serve_template() -> None:
     "Renders the template that comes in on the standard input, within limits."
-    import contextlib, json, resource, sys
+    import contextlib, json, sys
     job = json.load(sys.stdin)
-    for name, most in job.pop("limits").items():
-        with contextlib.suppress(OSError, ValueError):
-            resource.setrlimit(getattr(resource, f"RLIMIT_{name}"), (most, most))
+    limits = job.pop("limits")
+    with contextlib.suppress(ImportError):
+        import resource
+        for name, most in limits.items():
+            with contextlib.suppress(OSError, ValueError):
+                resource.setrlimit(getattr(resource, f"RLIMIT_{name}"), (most, most))
     try:
         answer = dict(text=render_template(**job))
     except Exception as error:
@@ -203,10 +206,12 @@ def render_chat(template: str, messages: Sequence[dict], **names) -> str:
     "A conversation as the model was taught to see it: the checkpoint's template, kept within bounds."
     program = "\n".join([*map(inspect.getsource, (render_template, serve_template)), "serve_template()"])
     job = dict(template=template, messages=list(messages), names=names, limits=TEMPLATE_LIMITS)
-    done = subprocess.run([sys.executable, "-P", "-c", program], input=json.dumps(job, default=str),
-                          capture_output=True, text=True)
-    answer = json.loads(done.stdout) if done.returncode == 0 else dict(
-        problem=f"an end by the system: more than {TEMPLATE_LIMITS['CPU']} seconds, or too much memory")
+    try:
+        done = subprocess.run([sys.executable, "-P", "-c", program], input=json.dumps(job, default=str),
+                              capture_output=True, text=True, timeout=10 * TEMPLATE_LIMITS["CPU"])
+        answer = json.loads(done.stdout)
+    except (subprocess.TimeoutExpired, ValueError):
+        answer = dict(problem=f"an end by the system: more than {TEMPLATE_LIMITS['CPU']} seconds, or too much memory")
     if "problem" in answer:
         line = "".join(letter if letter.isprintable() else " " for letter in answer["problem"][:300])
         raise GenerationError(f"the chat template stops with {line}")
