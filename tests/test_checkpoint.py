@@ -19,6 +19,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from conftest import complaint
 from llama_nb import checkpoint as module
 from llama_nb.checkpoint import (SIZES, Checkpoint, CheckpointError, LlamaConfig, Preset, RopeScaling, bard_folder, cached_file, download_package, fetch,
                                  read_pth, synth, write_meta, write_pth)
@@ -32,15 +33,6 @@ Q_NAME = "layers.0.attention.wq.weight"
 def arrays():
     random = np.random.default_rng(0)
     return {name: random.standard_normal(shape, np.float32) for name, shape in CONFIG.tensor_shapes().items()}
-
-
-def complaint(action, *arguments, **options):
-    "The one line of the CheckpointError that must be raised."
-    with pytest.raises(CheckpointError) as caught:
-        action(*arguments, **options)
-    message = str(caught.value)
-    assert message and "\n" not in message
-    return message
 
 
 # Each form's writer: (folder, arrays) -> the path to open ------------------------------------------------------------

@@ -18,21 +18,13 @@ import gguf
 import numpy as np
 import pytest
 
+from conftest import complaint
 from llama_nb import forms as module
 from llama_nb.checkpoint import FLOATS, Checkpoint, CheckpointError, LazyTensor, LlamaConfig, RopeScaling, bard_folder, write_meta, write_pth
 from llama_nb.forms import HF_NAMES, adjacent_to_halves, llama3_factors, open_checkpoint, read_safetensors, their_names, write_gguf, write_hf
 from llama_nb.library import write_form
 
 CONFIG = LlamaConfig(dim=64, n_layers=2, n_heads=4, n_kv_heads=2, hidden_dim=96, vocab_size=128)
-
-
-def complaint(action, *arguments, **options):
-    "The one line of the CheckpointError that must be raised."
-    with pytest.raises(CheckpointError) as caught:
-        action(*arguments, **options)
-    message = str(caught.value)
-    assert message and "\n" not in message
-    return message
 
 
 def weights(config, dtype="float32", seed=0):
