@@ -22,11 +22,11 @@ from tqdm import tqdm
 
 from .checkpoint import Checkpoint, CheckpointError, LazyTensor, LlamaConfig, RopeScaling, cache_folder, check_file
 from .checkpoint import reading, sha256, written_whole
-from .forms import add_fields, open_checkpoint
+from .forms import add_fields
 from .generation import Decoder, Llama, Stream, check_length, common_prefix
 from .quantization import BLOCK, Quantized, pack_int4, quantize_tensor, unpack_int4
 from .sampling import GenerationError, check_number
-from .tokenizer import Tokenizer, check_vocabulary, gguf_vocabulary, load_tokenizer
+from .tokenizer import Tokenizer, gguf_vocabulary, open_with_tokenizer
 
 # %% ../nbs/11_cpu_7b.ipynb #e3095350
 def block_programs(config: LlamaConfig) -> dict[str, Callable]:
@@ -208,11 +208,11 @@ class Rows:
         self.buffers["y"] = self.buffers["x"]
         self.first = functools.cache(lambda count: Rows({name: array[:count] for name, array in arrays.items()}))
 
-def new_rows(config: LlamaConfig, count: int = ROWS) -> Rows:
-    "Rows for passes of up to so many tokens; `first(count)` takes as many of them as a pass needs."
+def new_rows(config: LlamaConfig) -> Rows:
+    "Rows for the longest passes, of `ROWS` tokens; `first(count)` takes as many of them as a pass needs."
     qkv = (config.n_heads + 2 * config.n_kv_heads) * config.head_dim
     widths = dict(x=config.dim, qkv=qkv, mixed=config.dim, logits=config.vocab_size)
-    return Rows({name: aligned(count * width).reshape(count, width) for name, width in widths.items()})
+    return Rows({name: aligned(ROWS * width).reshape(ROWS, width) for name, width in widths.items()})
 
 # %% ../nbs/11_cpu_7b.ipynb #f11a4d6d
 class Program:
@@ -506,10 +506,9 @@ def convert(source, folder, dtype: str = "int8", progress: bool = False) -> Path
     if dtype not in DTYPES:
         raise GenerationError(f"dtype should be {' or '.join(DTYPES)}, found {dtype!r}")
     source, folder = Path(source).expanduser(), Path(folder).expanduser()
-    tokenizer = load_tokenizer(source)
-    checkpoint = steady_checkpoint(open_checkpoint(source, tokenizer.vocab_size))
+    checkpoint, tokenizer = open_with_tokenizer(source)
+    checkpoint = steady_checkpoint(checkpoint)
     config = checkpoint.config
-    check_vocabulary(source, tokenizer, config.vocab_size)
     check_blocks(source, config, dtype)
     sizes, job = file_sizes(config, dtype), describe_job(checkpoint, dtype)
     ids = tokenizer.encode(calibration_text())[:min(config.context_length, CALIBRATION)]

@@ -18,12 +18,12 @@ import numpy as np
 
 from .checkpoint import PRESETS, SIZES, Checkpoint, CheckpointError, LlamaConfig
 from .checkpoint import bard_folder, fetch, synth, write_meta
-from .forms import GGUF_NAMES, REPOSITORY, add_fields, fetch_repository, gguf_fields, open_checkpoint
+from .forms import GGUF_NAMES, REPOSITORY, add_fields, fetch_repository, gguf_fields
 from .forms import their_names, write_gguf, write_hf
 from .reading import quiet_start
 from .sampling import GenerationError, Sampler, check_number
 from .tokenizer import Tokenizer, TokenizerError, check_vocabulary, gguf_vocabulary, load_tokenizer
-from .tokenizer import synth_tokenizer, tokenizer_files
+from .tokenizer import open_with_tokenizer, synth_tokenizer, tokenizer_files
 
 # %% ../nbs/15_library.ipynb #0e2699e0
 def find_model(name, progress: bool = False) -> Path:
@@ -55,10 +55,8 @@ def open_model(name, context_length: int | None = None, progress: bool = False):
     if is_converted(path):
         from llama_nb.engine import open_converted
         checkpoint, tokenizer = open_converted(path), load_tokenizer(path)
-    else:
-        tokenizer = load_tokenizer(path)
-        checkpoint = open_checkpoint(path, tokenizer.vocab_size)
-    check_vocabulary(path, tokenizer, checkpoint.config.vocab_size)
+        check_vocabulary(path, tokenizer, checkpoint.config.vocab_size)
+    else: checkpoint, tokenizer = open_with_tokenizer(path)
     longest = checkpoint.config.context_length
     if context_length is not None and not (isinstance(context_length, int) and 1 < context_length <= longest):
         raise GenerationError(f"context_length should be 2 to {longest}, found {context_length!r}")
@@ -432,10 +430,7 @@ def run_synth(arguments) -> None:
 # %% ../nbs/15_library.ipynb #a61c0d40
 def write_form(form: str, source: Path, target, progress: bool = False) -> None:
     "Writes a checkpoint as Meta, Hugging Face (`hf`) or llama.cpp (`gguf`) would, with its tokenizer, in its own dtype."
-    tokenizer = load_tokenizer(source)
-    checkpoint = open_checkpoint(source, tokenizer.vocab_size)
-    check_vocabulary(source, tokenizer, checkpoint.config.vocab_size)
-    WRITERS[form](target, checkpoint, tokenizer, progress)
+    WRITERS[form](target, *open_with_tokenizer(source), progress)
 
 def as_meta(target, checkpoint, tokenizer, progress):
     files, dtype = tokenizer_files(tokenizer), checkpoint["tok_embeddings.weight"].dtype.name

@@ -10,7 +10,8 @@ __all__ = ['NORMAL', 'UNKNOWN', 'CONTROL', 'USER_DEFINED', 'UNUSED', 'BYTE', 'SP
            'merges_of', 'turn_ends', 'tiktoken_tokenizer', 'space_writer', 'MetaspaceTokenizer', 'steps', 'how_written',
            'json_pieces', 'json_tokenizer', 'find_template', 'first_token', 'configured', 'write_field',
            'serialize_model', 'make_tokenizer', 'gguf_tokenizer', 'gguf_vocabulary', 'library_json', 'tokenizer_files',
-           'tokenizer_file', 'read_tokenizer', 'load_tokenizer', 'check_vocabulary', 'synth_tokenizer']
+           'tokenizer_file', 'read_tokenizer', 'load_tokenizer', 'check_vocabulary', 'open_with_tokenizer',
+           'synth_tokenizer']
 
 # %% ../nbs/02_tokenizer.ipynb #dc8a60c9
 import base64, codecs, functools, heapq, json, re, struct, sys
@@ -19,8 +20,8 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from .checkpoint import CheckpointError, check_file, read_json, read_small
-from .forms import gguf_metadata, read_gguf
+from .checkpoint import Checkpoint, CheckpointError, check_file, read_json, read_small
+from .forms import gguf_metadata, open_checkpoint, read_gguf
 
 # %% ../nbs/02_tokenizer.ipynb #58271936
 class TokenizerError(ValueError):
@@ -756,6 +757,15 @@ def check_vocabulary(path: Path, tokenizer: Tokenizer, rows: int) -> None:
     if rows != tokenizer.vocab_size:
         sizes = f"{tokenizer.vocab_size} pieces, the embedding {rows} rows"
         raise CheckpointError(f"{path}: the tokenizer has {sizes}")
+
+# %% ../nbs/02_tokenizer.ipynb #b71d0b02
+def open_with_tokenizer(path) -> tuple[Checkpoint, Tokenizer]:
+    "A checkpoint and the tokenizer that lies with it, if they have the same size; reads no weights."
+    tokenizer = load_tokenizer(path)
+    checkpoint = open_checkpoint(path, tokenizer.vocab_size)
+    check_vocabulary(path, tokenizer, checkpoint.config.vocab_size)
+    return checkpoint, tokenizer
+
 
 # %% ../nbs/02_tokenizer.ipynb #06d4728a
 def synth_tokenizer(vocab_size: int) -> bytes:
