@@ -8,8 +8,9 @@ __all__ = ['ALIGNMENT', 'ROWS', 'CALIBRATION', 'FORMAT', 'DTYPES', 'TOGETHER', '
            'balance', 'balance_block', 'head_tensors', 'embedding_table', 'program_names', 'file_sizes', 'file_writers',
            'to_json', 'digest', 'alone_in', 'begin', 'check_disk', 'write_tokenizer', 'describe_job',
            'steady_checkpoint', 'check_blocks', 'convert', 'Converted', 'open_converted', 'check_contents',
-           'open_dequantized', 'machine', 'states', 'PackedWeights', 'available_memory', 'check_memory', 'Engine',
-           'Batch', 'guess', 'PromptLookup', 'write_together', 'LiteRTLlama']
+           'open_dequantized', 'machine', 'states', 'PackedWeights', 'open_programs', 'available_memory',
+           'check_memory', 'Blocks', 'Engine', 'new_passes', 'Batch', 'guess', 'PromptLookup', 'write_together',
+           'LiteRTLlama']
 
 # %% ../nbs/11_cpu_7b.ipynb #9d860a6c
 import atexit, contextlib, dataclasses, functools, hashlib, importlib.metadata, importlib.resources, json, math, os, platform, shutil, tempfile, time
@@ -616,7 +617,7 @@ class PackedWeights:
     def __init__(self, model: Converted, progress: bool = False):
         self.model, key = model, digest([model.manifest, machine()])[:16]
         self.home = cache_folder() / "packed" / digest(model.manifest)[:16]
-        self.folder, self.programs = self.home / key, program_names(model.config)
+        self.folder, self.programs = self.home / key, [name for name in program_names(model.config) if name in model.manifest["files"]]
         self.sources = [model.path / name for name in model.manifest["files"]]
         if not self.is_valid():
             check_contents(model, progress)
@@ -637,6 +638,14 @@ class PackedWeights:
     def save(self) -> None:
         "Notes that all files are made."
         if not self.is_valid(): (self.folder / "record.json").write_text(to_json(self.record()))
+
+def open_programs(model: Converted, threads: int, progress: bool = False) -> list[Program]:
+    "The programs that a manifest lists, in the order of the pass, with their packed weights."
+    packed = PackedWeights(model, progress)
+    programs = [Program(model.path / name, packed.file(name), threads)
+                for name in tqdm(packed.programs, "loading", unit="program", disable=None if progress else True)]
+    packed.save()
+    return programs
 
 # %% ../nbs/11_cpu_7b.ipynb #afbda6d2
 def available_memory() -> int:
@@ -659,36 +668,57 @@ def check_memory(model: Converted, config: LlamaConfig) -> None:
                               f"tokens, {available / 1e9:.2f} GB are available; {hint}")
 
 # %% ../nbs/11_cpu_7b.ipynb #a29023c3
+class Blocks:
+    "Consecutive blocks of a model: rows go through them, keys and values into a cache."
+
+    def __init__(self, programs: Sequence[Program], angles: np.ndarray, config: LlamaConfig, threads: int):
+        self.programs, self.angles, self.threads = programs, angles, threads
+        self.window = config.sliding_window or config.context_length
+
+    def run(self, rows: Rows, slots: Sequence[int], places: Sequence[int], cache: Cache) -> None:
+        "A token at its place of the text in its slot, for each row; a row's result takes its place."
+        numba.set_num_threads(min(self.threads, numba.config.NUMBA_NUM_THREADS))
+        arrays, slots, places = rows.arrays, np.asarray(slots, np.int32), np.asarray(places, np.int32)
+        for program, kept in zip(self.programs, cache.blocks):
+            program.run("before", rows)
+            attend_rows(arrays["qkv"], slots, places, *self.angles, *kept, arrays["mixed"], self.window)
+            program.run("after", rows)
+
 class Engine:
     "A converted model, ready to compute. Raises CheckpointError or GenerationError."
 
     def __init__(self, model: Converted, config: LlamaConfig, threads: int | None = None, progress: bool = False):
         self.config, self.threads = config, threads or os.cpu_count()
         check_memory(model, config)
-        self.cos, self.sin = np.load(model.path / "rope.npy")
-        self.table = np.load(model.path / "tok_embeddings.npy", mmap_mode="r")
-        self.all_rows, packed = new_rows(config), PackedWeights(model, progress)
-        *self.blocks, self.head = [Program(model.path / name, packed.file(name), self.threads)
-                                   for name in tqdm(packed.programs, "loading", unit="program", disable=None if progress else True)]
-        packed.save()
+        *programs, head = open_programs(model, self.threads, progress)
+        self.blocks = Blocks(programs, np.load(model.path / "rope.npy"), config, self.threads)
+        self.open_ends(model.path, head)
         self.cache = Cache(config, 1)
         self.rows([0], [0], [0], [0], self.cache)
 
-    def rows(self, ids: Sequence[int], slots: Sequence[int], places: Sequence[int], wanted: Sequence[int], cache: Cache) -> np.ndarray:
-        "One pass: a token at its place of the text in its slot, for each row; gives logits (wanted, vocab)."
-        numba.set_num_threads(min(self.threads, numba.config.NUMBA_NUM_THREADS))
-        rows, last = self.all_rows.first(len(ids)), self.all_rows.first(len(wanted))
-        arrays, slots, places = rows.arrays, np.asarray(slots, np.int32), np.asarray(places, np.int32)
-        records = self.table[np.asarray(ids)]
-        window = self.config.sliding_window or self.config.context_length
-        np.multiply(records["values"], records["scale"][:, None], out=arrays["x"])
-        for block, kept in zip(self.blocks, cache.blocks):
-            block.run("before", rows)
-            attend_rows(arrays["qkv"], slots, places, self.cos, self.sin, *kept, arrays["mixed"], window)
-            block.run("after", rows)
-        last.arrays["x"][:] = arrays["x"][wanted]
+    def open_ends(self, path: Path, head: Program) -> None:
+        "What stands before the blocks and after them."
+        self.table, self.head = np.load(path / "tok_embeddings.npy", mmap_mode="r"), head
+        self.all_rows = new_rows(self.config)
+
+    def embed(self, ids: Sequence[int]) -> Rows:
+        "The rows of a pass, with the vectors of these tokens."
+        rows, records = self.all_rows.first(len(ids)), self.table[np.asarray(ids)]
+        np.multiply(records["values"], records["scale"][:, None], out=rows.arrays["x"])
+        return rows
+
+    def logits(self, hidden: np.ndarray) -> np.ndarray:
+        "What comes out of the blocks, (rows, dim), to logits (rows, vocab)."
+        last = self.all_rows.first(len(hidden))
+        last.arrays["x"][:] = hidden
         self.head.run("head", last)
         return last.arrays["logits"].copy()
+
+    def rows(self, ids: Sequence[int], slots: Sequence[int], places: Sequence[int], wanted: Sequence[int], cache: Cache) -> np.ndarray:
+        "One pass: a token at its place of the text in its slot, for each row; gives logits (wanted, vocab)."
+        rows = self.embed(ids)
+        self.blocks.run(rows, slots, places, cache)
+        return self.logits(rows.arrays["x"][wanted])
 
     def step(self, ids: np.ndarray, start: int, last: int) -> np.ndarray:
         "What chapter 9's `Decoder` asks for: ids (1, seq) from place `start`, to logits (last, vocab)."
@@ -696,6 +726,20 @@ class Engine:
         return self.rows(ids[0], np.zeros(count), start + np.arange(count), np.arange(count - last, count), self.cache)
 
 # %% ../nbs/11_cpu_7b.ipynb #315e38d8
+def new_passes(texts: Mapping[int, Sequence[int]], cached: list[list[int]]):
+    """The passes (ids, slots, places, wanted) that compute what is new of some texts, slot to ids; `cached`: what was computed of each slot.
+    The texts' last tokens come at the end, together."""
+    together = list(texts)
+    for slot, ids in texts.items():
+        known = min(common_prefix(ids, cached[slot]), len(ids) - 1)
+        for start in range(known, len(ids) - 1, ROWS):
+            end = min(start + ROWS, len(ids) - 1)
+            yield ids[start:end], [slot] * (end - start), range(start, end), [end - start - 1]
+        cached[slot] = list(ids)
+    for first in range(0, len(together), ROWS):
+        group = together[first:first + ROWS]
+        yield [texts[slot][-1] for slot in group], group, [len(texts[slot]) - 1 for slot in group], range(len(group))
+
 class Batch:
     "Several texts that grow together: `advance(texts)` gives the logits after each, and reads the weights once for all of them."
 
@@ -705,17 +749,9 @@ class Batch:
 
     def advance(self, texts: Mapping[int, Sequence[int]]) -> dict[int, np.ndarray]:
         "texts: slot to ids. Returns slot to logits (vocab,)."
-        results, together = {}, list(texts)
-        for slot, ids in texts.items():
-            known = min(common_prefix(ids, self.cached[slot]), len(ids) - 1)
-            for start in range(known, len(ids) - 1, ROWS):
-                end = min(start + ROWS, len(ids) - 1)
-                self.engine.rows(ids[start:end], [slot] * (end - start), range(start, end), [end - start - 1], self.cache)
-            self.cached[slot] = list(ids)
-        for first in range(0, len(together), ROWS):
-            group = together[first:first + ROWS]
-            ids, places = [texts[slot][-1] for slot in group], [len(texts[slot]) - 1 for slot in group]
-            results |= zip(group, self.engine.rows(ids, group, places, range(len(group)), self.cache))
+        results = {}
+        for ids, slots, places, wanted in new_passes(texts, self.cached):
+            results |= zip((slots[row] for row in wanted), self.engine.rows(ids, slots, places, wanted, self.cache))
         return results
 
 # %% ../nbs/11_cpu_7b.ipynb #0c416995
