@@ -290,11 +290,13 @@ def read_pickle(data: bytes):
 # %% ../nbs/01_checkpoint.ipynb #80e8e15e
 @dataclasses.dataclass(frozen=True)
 class LazyTensor:
-    "A shape and a dtype now, values when `read()` is called. `stored`: the form on disk."
+    """A shape and a dtype now, values when `read()` is called. `stored`: the form on disk.
+    `shards`: the slices, in their order, of a tensor that lies in several files."""
     shape: tuple[int, ...]
     dtype: np.dtype
     stored: str
     read: Callable[[], np.ndarray]
+    shards: tuple["LazyTensor", ...] = ()
 
 # %% ../nbs/01_checkpoint.ipynb #47ebe667
 FLOATS = {"float32": np.dtype(np.float32), "float16": np.dtype(np.float16),
@@ -500,7 +502,7 @@ def join_shards(name: str, shards: list[LazyTensor],
     for axis, size in enumerate(first.shape):
         if alike and first.shape[:axis] + (size * count,) + first.shape[axis + 1:] == shape:
             def read(): return np.concatenate([shard.read() for shard in shards], axis)
-            return LazyTensor(shape, first.dtype, first.stored, read)
+            return LazyTensor(shape, first.dtype, first.stored, read, tuple(shards))
     found = ", ".join(str(shard.shape) for shard in shards)
     raise CheckpointError(f"tensor {name} should have shape {shape} when {count} shards "
                           f"are joined, found {found}")
