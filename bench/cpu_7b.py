@@ -28,6 +28,7 @@ import numpy as np
 import peers
 from llama_nb.checkpoint import SIZES, LlamaConfig, fetch
 from llama_nb.forms import open_checkpoint
+from llama_nb.engine import calibration_text
 from llama_nb.library import write_random_gguf
 from machine import apart, bandwidth, cpu, missing, peak_memory, timed, usable_cores, version
 
@@ -48,7 +49,6 @@ def run(*arguments):
 
 
 def convert(path, config, dtype):
-    "A converted model that has been loaded once: the second time counts."
     source = SMALL if config.tied else path.with_name("source")
     try:
         if not config.tied:
@@ -57,10 +57,11 @@ def convert(path, config, dtype):
     finally:
         if not config.tied:
             shutil.rmtree(source, ignore_errors=True)
-    run("generate", "-m", path, "-p", "Bees", "-n", 1)
 
 
 def llama_nb(path, config, threads, context):
+    "A converted model, which has been loaded once: the second time counts."
+    run("generate", "-m", path, "-p", "Bees", "-n", 1)
     import llama_nb.engine
     import llama_nb.library
     yield
@@ -69,7 +70,7 @@ def llama_nb(path, config, threads, context):
     def reset():
         llm.decoder.cached_ids = []
     yield "", reset, llm.decoder.advance
-    return {"eight sequences at once": eight_at_once(llm.engine)}
+    return {"eight sequences at once": eight_at_once(llm.engine)} | {f"guessed tokens, {kind}": guessing(llm, *texts) for kind, texts in TEXTS.items()}
 
 
 def eight_at_once(engine):
@@ -86,6 +87,46 @@ def eight_at_once(engine):
             seconds.append(timed(batch.advance, texts)[0])
         return count / statistics.median(seconds)
     return rate(8) / rate(1)
+
+
+CODE = '''
+def mean_temperature(readings, station):
+    """The mean temperature at a station."""
+    total = 0.0
+    count = 0
+    for reading in readings:
+        if reading.station == station:
+            total += reading.temperature
+            count += 1
+    if count == 0:
+        raise ValueError(f"no readings for station {station}")
+    return total / count
+'''
+ARTICLE = """Wild bees need two things from a garden: food from early spring until late autumn, and a place to nest. Most of the 560 species of the region live alone and dig their nests into
+bare, sunny soil; others use hollow stems or old beetle holes in dead wood. Native flowers with single blossoms give more nectar and pollen than double ones, whose stamens have been bred into petals. Insecticides harm
+bees even where they do not kill them: animals that have taken up small doses no longer find their way home. A shallow dish of water with stones to land on helps in hot summers."""
+SUMMARY = """ Wild bees need food from early spring until late autumn, and a place to nest. Most species live alone and dig their nests into bare, sunny soil; others use hollow stems or old beetle
+holes in dead wood. Native flowers with single blossoms give more nectar and pollen than double ones. Insecticides harm bees even where they do not kill them. A shallow dish of water helps in hot summers."""
+TEXTS = {
+    "a program edited": (f"{CODE}\nThe same with the weight of each reading:\n", CODE.replace("+= reading.temperature", "+= reading.weight * reading.temperature").replace("+= 1", "+= reading.weight").replace("mean", "weighted_mean")),
+    "a summary": (ARTICLE, SUMMARY),
+    "new text": (SUMMARY, calibration_text()),
+}
+
+
+def guessing(llm, prompt, answer):
+    "Tokens a second with guesses from the text so far, over those without, where the model writes just this answer."
+    from llama_nb.engine import PromptLookup
+    from llama_nb.tokenizer import load_tokenizer
+    tokenizer, most, decoder = load_tokenizer(fetch(SMALL, progress=False)), llm.config.vocab_size, llm.decoder
+    prompt, ids = ([id % most for id in tokenizer.encode(text)] for text in (prompt, prompt + answer))
+
+    def seconds(advance):
+        decoder.cached_ids = []
+        advance(ids[:len(prompt)])
+        return timed(lambda: [advance(ids[:end]) for end in range(len(prompt) + 1, len(ids))])[0]
+    plain, guessed, again = (seconds(way) for way in (decoder.advance, PromptLookup(decoder).advance, decoder.advance))
+    return (plain + again) / 2 / guessed
 
 
 # The contenders.

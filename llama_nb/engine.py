@@ -8,9 +8,9 @@ __all__ = ['ALIGNMENT', 'ROWS', 'CALIBRATION', 'FORMAT', 'DTYPES', 'TOGETHER', '
            'balance', 'balance_block', 'head_tensors', 'embedding_table', 'program_names', 'file_sizes', 'file_writers',
            'to_json', 'digest', 'alone_in', 'begin', 'check_disk', 'write_tokenizer', 'describe_job',
            'steady_checkpoint', 'check_blocks', 'convert', 'Converted', 'open_converted', 'check_contents',
-           'open_dequantized', 'machine', 'states', 'PackedWeights', 'open_programs', 'available_memory',
-           'check_memory', 'Blocks', 'Engine', 'new_passes', 'Batch', 'guess', 'PromptLookup', 'write_together',
-           'LiteRTLlama']
+           'open_dequantized', 'machine', 'states', 'PackedWeights', 'open_programs', 'memory_limits',
+           'available_memory', 'check_memory', 'Blocks', 'Engine', 'new_passes', 'Batch', 'guess', 'PromptLookup',
+           'write_together', 'LiteRTLlama']
 
 # %% ../nbs/11_cpu_7b.ipynb #9d860a6c
 import atexit, contextlib, dataclasses, functools, hashlib, importlib.metadata, importlib.resources, json, math, os, platform, shutil, tempfile, time
@@ -648,14 +648,22 @@ def open_programs(model: Converted, threads: int, progress: bool = False) -> lis
     return programs
 
 # %% ../nbs/11_cpu_7b.ipynb #afbda6d2
+def memory_limits() -> list[int]:
+    "The bytes that this process's control groups (Linux, version 1 or 2) may take, and the groups that hold these."
+    limits = []
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/cgroup").read_text().splitlines():
+            _, kind, group = line.split(":", 2)
+            folder = Path(f"/sys/fs/cgroup/{kind}{group}")
+            for file in (each / name for each in (folder, *folder.parents) for name in ("memory.max", "memory.limit_in_bytes")):
+                with contextlib.suppress(OSError, ValueError): limits.append(int(file.read_text()))
+    return limits
+
 def available_memory() -> int:
-    "Bytes that this process can still take: the system's, or its control group's limit."
+    "Bytes that this process can still take: of the system's, and within the limits of its control groups."
     import psutil
-    available = psutil.virtual_memory().available
-    with contextlib.suppress(OSError, ValueError):
-        limit = int(Path("/sys/fs/cgroup/memory.max").read_text())
-        available = min(available, limit - psutil.Process().memory_info().rss)
-    return available
+    taken = psutil.Process().memory_info().rss
+    return min([psutil.virtual_memory().available, *(limit - taken for limit in memory_limits())])
 
 def check_memory(model: Converted, config: LlamaConfig) -> None:
     "Refuses a context that the memory at hand cannot hold."
