@@ -2,15 +2,16 @@
 
 # %% auto #0
 __all__ = ['BYTES', 'WRITERS', 'COMMANDS', 'find_model', 'is_converted', 'open_model', 'cache_bytes', 'memory_table', 'family',
-           'describe', 'choose_engine', 'check_choice', 'load', 'check_threads', 'set_threads', 'UsageError', 'Parser',
-           'whole', 'some_text', 'model_options', 'sampling_options', 'add_writers', 'make_parser', 'read_prompt',
-           'sampling_of', 'load_for', 'stream_for', 'held_back', 'noticing_interrupts', 'show_stream', 'make_report',
-           'peak_memory', 'as_size', 'format_report', 'run_generate', 'run_chat', 'read_lines', 'run_info', 'run_synth',
-           'write_form', 'as_meta', 'as_hf', 'as_gguf', 'run_convert', 'run_train', 'measure_speed', 'read_bandwidth',
+           'describe', 'choose_engine', 'check_choice', 'load', 'use_jax', 'check_threads', 'set_threads', 'UsageError',
+           'Parser', 'whole', 'some_text', 'model_options', 'sampling_options', 'mesh_options', 'add_writers',
+           'make_parser', 'read_prompt', 'sampling_of', 'places_of', 'load_for', 'stream_for', 'held_back',
+           'noticing_interrupts', 'show_stream', 'make_report', 'peak_memory', 'as_size', 'format_report',
+           'run_generate', 'show_text', 'run_on_mesh', 'run_chat', 'read_lines', 'run_info', 'run_synth', 'write_form',
+           'as_meta', 'as_hf', 'as_gguf', 'run_convert', 'run_train', 'measure_speed', 'read_bandwidth',
            'write_random_gguf', 'open_llama_cpp', 'run_bench', 'cpu_name', 'main']
 
 # %% ../nbs/15_library.ipynb #c06d773a
-import argparse, collections, concurrent.futures, contextlib, dataclasses, json, math, os, platform, signal, statistics, sys, tempfile, time
+import argparse, collections, concurrent.futures, contextlib, dataclasses, importlib.util, json, math, os, platform, secrets, signal, statistics, sys, tempfile, time
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -124,17 +125,22 @@ def check_choice(name: str, value, choices: Iterable[str]) -> None:
 
 # %% ../nbs/15_library.ipynb #6b8167e2
 def load(name, engine: str = "auto", dtype: str | None = None, context_length: int | None = None,
-         threads: int | None = None, progress: bool = False):
+         threads: int | None = None, progress: bool = False, mesh=None, coordinator: str | None = None, process: int | None = None):
     """A `Llama` from a preset, a folder or a file.
 
     `engine`: keras, litert (for a model that was converted), or auto, which looks. `dtype`: float32 (the default) or
     bfloat16; a converted model has its own. `context_length`: how many tokens prompt and continuation may have (default:
     the model's own, at most 2048). `threads`: how many to compute with (default: all cores); for keras, to be set before
-    TensorFlow's first use in the process. `progress`: show it on standard error. Raises CheckpointError, TokenizerError or
-    GenerationError."""
+    TensorFlow's first use in the process. `progress`: show it on standard error. `mesh`: the devices to lay the model out on
+    with JAX, `8` or, in processes and devices of each, `2x4`; then `coordinator` is HOST:PORT of process 0, and `process` the
+    number of this one (chapter 14). Raises CheckpointError, TokenizerError or GenerationError."""
     check_threads(threads)
+    if mesh is not None: use_jax(engine, threads)
     path, tokenizer, checkpoint, config = open_model(name, context_length, progress)
-    engine, dtype = choose_engine(checkpoint, engine, dtype)
+    engine, dtype = choose_engine(checkpoint, "keras" if mesh is not None else engine, dtype)
+    if mesh is not None:
+        from llama_nb.scale import load_on_mesh
+        return load_on_mesh(checkpoint, tokenizer, config, path, mesh, dtype, coordinator, process, progress)
     if engine == "litert":
         from llama_nb.engine import Engine, LiteRTLlama
         with quiet_start(): return LiteRTLlama(Engine(checkpoint, config, threads, progress), tokenizer, path)
@@ -142,6 +148,14 @@ def load(name, engine: str = "auto", dtype: str | None = None, context_length: i
     from llama_nb.generation import Llama
     from llama_nb.model import build_model, load_weights
     return Llama(load_weights(build_model(config, dtype), checkpoint, progress), tokenizer, config, path)
+
+def use_jax(engine: str, threads: int | None) -> None:
+    "Has Keras compute with JAX, which must be told before Keras is imported; refuses what goes with other engines only."
+    check_choice("with a mesh, engine", engine, ["auto", "keras"])
+    if threads is not None: raise GenerationError(f"threads can't be chosen for a mesh, found {threads}")
+    if importlib.util.find_spec("jax") is None:
+        raise GenerationError("a mesh needs JAX, which is not installed: pip install 'llama_nb[scale]'")
+    if "keras" not in sys.modules: os.environ["KERAS_BACKEND"] = "jax"
 
 def check_threads(threads: int | None) -> None:
     "Refuses a number of threads that is not 1 to the number of cores, or None for all."
@@ -215,6 +229,15 @@ def sampling_options() -> Parser:
     add("-t", "--threads", type=whole(1), help="how many to compute with (default: all cores)")
     return options
 
+def mesh_options() -> Parser:
+    "Where to compute, if not in this process alone."
+    options = Parser(add_help=False)
+    add = options.add_argument
+    add("--mesh", metavar="N", help="lay the model out over N devices with JAX; PxN: over P processes with N devices each")
+    add("--coordinator", metavar="HOST:PORT", help="where process 0 of a mesh of several waits for the others")
+    add("--process", type=whole(0), metavar="K", help="the number of this process of the mesh; 0 has the prompt and prints the text")
+    return options
+
 # %% ../nbs/15_library.ipynb #a61c0d50
 def add_writers(commands) -> None:
     "The commands that write models: synth, convert, train."
@@ -244,7 +267,7 @@ def make_parser() -> Parser:
     parser = Parser(prog="llama-nb", description="LLaMA in TensorFlow and Keras: the package that the book builds.")
     commands = parser.add_subparsers(dest="command", required=True, parser_class=Parser, metavar="COMMAND")
     model, sampling = model_options(), sampling_options()
-    commands.add_parser("generate", parents=[model, sampling], help="continue a text")
+    commands.add_parser("generate", parents=[model, sampling, mesh_options()], help="continue a text")
     chat = commands.add_parser("chat", parents=[model, sampling], help="answer a message, or talk line by line")
     chat.add_argument("--system", help="what the model is told before the conversation")
     info = commands.add_parser("info", parents=[model], help="what a model is, without loading it")
@@ -276,6 +299,10 @@ def sampling_of(arguments) -> dict:
     "The fields of `Sampler` among the arguments."
     return {field.name: getattr(arguments, field.name) for field in dataclasses.fields(Sampler)}
 
+def places_of(arguments) -> dict:
+    "Where the command line wants the model, beside this process."
+    return {name: value for name in ("mesh", "coordinator", "process") if (value := vars(arguments).get(name)) is not None}
+
 def load_for(arguments):
     "The model that the command line names, loaded in quiet; what can be refused before that, is."
     Sampler(**sampling_of(arguments))
@@ -285,7 +312,7 @@ def load_for(arguments):
             raise GenerationError("this model has no chat template; use generate")
     with quiet_start():
         llm = load(arguments.model, arguments.engine, arguments.dtype, arguments.context_length,
-                   arguments.threads, progress=sys.stderr.isatty())
+                   arguments.threads, progress=sys.stderr.isatty(), **places_of(arguments))
         llm.tokenizer.encode("")
     return llm
 
@@ -368,12 +395,32 @@ def format_report(report: dict, context_length: int) -> str:
 # %% ../nbs/15_library.ipynb #eae5f937
 def run_generate(arguments) -> str | None:
     "Continues a text; returns why it ended."
+    if arguments.mesh is not None: return run_on_mesh(arguments)
     prompt = read_prompt(arguments)
-    llm = load_for(arguments)
+    return show_text(load_for(arguments), prompt, arguments)
+
+def show_text(llm, prompt: str, arguments) -> str | None:
+    "Prints a prompt and its continuation; returns why it ended."
     stream = stream_for(llm, prompt, arguments)
     if not arguments.json: print(prompt, end="", flush=True)
     show_stream(llm, stream, arguments.json)
     return stream.finish_reason
+
+# %% ../nbs/15_library.ipynb #15mesh01
+def run_on_mesh(arguments) -> str | None:
+    "The same on a mesh: process 0 has the prompt and shows the text, and the others compute what it computes."
+    prompt = None if arguments.process else read_prompt(arguments)
+    llm = load_for(arguments)
+    asked = dict(prompt=prompt, max_new_tokens=arguments.max_new_tokens, stop=arguments.stop, **sampling_of(arguments))
+    if asked["seed"] is None: asked["seed"] = secrets.randbits(32)
+    vars(arguments).update(llm.party.share(asked))
+    if arguments.process:
+        stream = stream_for(llm, arguments.prompt, arguments)
+        for _ in stream.steps: pass
+        reason = stream.finish_reason
+    else: reason = show_text(llm, arguments.prompt, arguments)
+    llm.party.leave(reason)
+    return reason
 
 # %% ../nbs/15_library.ipynb #101cb5c6
 def run_chat(arguments) -> str | None:
