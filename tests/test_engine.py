@@ -190,29 +190,21 @@ def test_two_conversions_are_alike(source, tiny, tmp_path):
 
 
 def test_killed_at_any_moment_it_resumes(source, tiny, tmp_path):
-    "SIGKILL at 20 random moments; the same call then goes on, and the result is byte-identical."
+    "SIGKILL at 20 random moments, after each the same call again: whatever comes to its end is byte-identical."
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tensorflow", "llama_nb.engine", "llama_nb.rope"])
-    expected, moments = fingerprints(tiny), random.Random(0)
-    begin = time.perf_counter()
-    whole = context.Process(target=convert, args=(source, tmp_path / "whole", "int4"))
-    whole.start(), whole.join()
-    begin = time.perf_counter()
-    whole = context.Process(target=convert, args=(source, tmp_path / "timed", "int4"))
-    whole.start(), whole.join()
-    duration, killed = time.perf_counter() - begin, 0
-    for attempt in range(20):
-        folder = tmp_path / str(attempt)
-        process = context.Process(target=convert, args=(source, folder, "int4"))
-        process.start()
-        process.join(moments.uniform(0, duration))
-        process.kill()
-        process.join()
-        killed += process.exitcode == -signal.SIGKILL
-        if not (folder / "manifest.json").exists() or (folder / "unfinished.json").exists():
-            convert(source, folder, "int4")
-        assert fingerprints(folder) == expected
-    assert killed >= 10
+    def run(folder, seconds=None):
+        process, begin = context.Process(target=convert, args=(source, folder, "int4")), time.perf_counter()
+        process.start(), process.join(seconds), process.kill(), process.join()
+        return process.exitcode == -signal.SIGKILL, time.perf_counter() - begin
+    _, (_, duration) = run(tmp_path / "first"), run(tmp_path / "timed")
+    expected, moments, folder, killed = fingerprints(tiny), random.Random(0), tmp_path / "0", 0
+    while killed < 20:
+        killed += run(folder, moments.uniform(0, duration))[0]
+        if (folder / "manifest.json").exists() and not (folder / "unfinished.json").exists():
+            assert fingerprints(folder) == expected
+            folder = folder.with_name(folder.name + "0")
+    assert fingerprints(convert(source, folder, "int4")) == expected
 
 
 def refuses(error, message, function, *arguments, **named):

@@ -16,10 +16,9 @@ QUESTION = [dict(role="user", content="Which flowers do bees like?")]
 
 
 @pytest.fixture(scope="module")
-def small_context():
+def small_context(smollm2):
     "SmolLM2 with room for 256 tokens."
-    import llama_nb
-    return llama_nb.load("smollm2-135m-instruct", context_length=256)
+    return Llama(smollm2.model, smollm2.tokenizer, dataclasses.replace(smollm2.config, context_length=256))
 
 
 @pytest.fixture(scope="module")
@@ -278,7 +277,8 @@ def test_damaged_logits_end_a_stream_in_one_line(tokenizer, damage):
     ids, prompt = continuation(tokenizer, " so it is"), tokenizer.encode("x")
 
     def advance(text):
-        logits = np.eye(tokenizer.vocab_size, dtype=np.float32)[ids[len(text) - len(prompt)]] * 9
+        logits = np.zeros(tokenizer.vocab_size, np.float32)
+        logits[ids[len(text) - len(prompt)]] = 9
         if len(text) == len(prompt) + 2: logits[:] = damage
         return logits
     stream = Stream(advance, tokenizer, 1000, prompt, None, Sampler(), [])
