@@ -207,9 +207,13 @@ def measure_times(name, path, threads, layers, repeats, near):
             return dict(load=load, peak=peak_memory(), figures=figures, ratios=end.value or {})
 
 
-def best(result, figure):
-    "Median seconds in the setting where they are least, and that setting."
-    return min((statistics.median(seconds), setting) for setting, seconds in result["figures"][figure].items())
+def best(runs, figure):
+    "Median seconds in the setting where they are least, and that setting; None if it wasn't measured."
+    seconds = {}
+    for run in runs:
+        for setting, times in run["figures"].get(figure, {}).items():
+            seconds.setdefault(setting, []).extend(times)
+    return min(((statistics.median(times), setting) for setting, times in seconds.items()), default=None)
 
 
 # One run.
@@ -243,7 +247,7 @@ def measure(name, arguments):
         speed, busy = bandwidth(arguments.threads), os.getloadavg()[0]
         say(name, "being measured")
         found = apart(__file__, call | dict(work="measure", repeats=arguments.repeats, near=arguments.near))
-        speed = max(speed, bandwidth(arguments.threads))
+        speed = (speed + bandwidth(arguments.threads)) / 2
         return dict(contender=name, version=version(contender.needs), made=made, bandwidth=speed, busy=busy, **found)
     finally:
         remove(partial)
@@ -252,12 +256,12 @@ def measure(name, arguments):
 
 
 def results(arguments):
-    "The last result of each contender on this machine, from the results file."
+    "The runs of each contender on this machine, from the results file."
     found, file = {}, arguments.folder / RESULTS
     if file.exists():
         for line in map(json.loads, file.read_text().splitlines()):
             if all(line[key] == value for key, value in about(arguments).items()):
-                found[line["contender"]] = line
+                found.setdefault(line["contender"], []).append(line)
     return {name: found[name] for name in CONTENDERS if name in found}
 
 
@@ -267,39 +271,38 @@ def about(arguments):
 
 
 def report(arguments):
-    "The results as lines to read."
+    "The results as lines to read: medians over all runs."
     found, (model, flags) = results(arguments), cpu()
     if not found:
         return
-    speed = max(result["bandwidth"] for result in found.values())
-    yield f"{model} ({' '.join(flags)}), {usable_cores()} cores, {arguments.threads} threads; read bandwidth up to {speed / 1e9:.1f} GB/s"
+    speeds = [run["bandwidth"] / 1e9 for runs in found.values() for run in runs]
+    yield f"{model} ({' '.join(flags)}), {usable_cores()} cores, {arguments.threads} threads; read bandwidth {min(speeds):.0f} to {max(speeds):.0f} GB/s"
     if arguments.layers:
         yield f"a try: {arguments.layers} of 7B's 32 layers"
-    yield "tokens/s; of decoding, the share of the limit that the bandwidth sets"
+    yield "tokens/s; of decoding, the share of the limit that the bandwidth of the same runs sets"
     yield f"\n{'':26}" + "".join(f"{figure:>18}" for figure in FIGURES) + f"{'GB a token':>12}{'load':>9}{'memory':>10}"
-    for name, result in found.items():
-        config, line = shape(name, arguments.layers), f"{name:26}"
+    for name, runs in found.items():
+        config, line, (load, peak, speed) = shape(name, arguments.layers), f"{name:26}", (statistics.median(run[key] for run in runs) for key in ("load", "peak", "bandwidth"))
         for figure, tokens in FIGURES.items():
             cell = "–"
-            if figure in result["figures"]:
-                rate = tokens / best(result, figure)[0]
+            if time := best(runs, figure):
+                rate = tokens / time[0]
                 cell = f"{rate:.2f}" + (f" ({100 * rate * bytes_per_token(CONTENDERS[name], config, int(figure.split()[1])) / speed:.0f} %)" if tokens == 1 else "")
             line += f"{cell:>18}"
-        yield line + f"{bytes_per_token(CONTENDERS[name], config, NEAR) / 1e9:>12.2f}{result['load']:>7.1f} s{result['peak'] / 1e9:>7.1f} GB"
+        yield line + f"{bytes_per_token(CONTENDERS[name], config, NEAR) / 1e9:>12.2f}{load:>7.1f} s{peak / 1e9:>7.1f} GB"
     yield ""
     for ours in filter(lambda name: " llama_nb " in name, found):
         for peer in filter(lambda name: " llama_nb " not in name and name.split()[0] == ours.split()[0], found):
             yield f"{ours} / {peer.split(maxsplit=1)[1]}: " + ", ".join(
-                f"{figure} ×{best(found[peer], figure)[0] / best(found[ours], figure)[0]:.2f}"
-                for figure in FIGURES if figure in found[peer]["figures"] and figure in found[ours]["figures"])
-        for label, ratio in found[ours].get("ratios", {}).items():
-            yield f"{ours}: {label} ×{ratio:.2f}"
-    for name, result in found.items():
-        settings = {figure: best(result, figure)[1] for figure in result["figures"]}
-        yield (f"{name}: {result['date']}, {CONTENDERS[name].needs} {result['version']}, bandwidth {result['bandwidth'] / 1e9:.1f} GB/s, load average {result['busy']:.1f} before it"
-               + "".join(f"; {figure}: {setting}" for figure, setting in settings.items() if setting))
+                f"{figure} ×{best(found[peer], figure)[0] / best(found[ours], figure)[0]:.2f}" for figure in FIGURES if best(found[peer], figure) and best(found[ours], figure))
+        for label in found[ours][-1].get("ratios", {}):
+            yield f"{ours}: {label} ×{statistics.median(run['ratios'][label] for run in found[ours] if label in run['ratios']):.2f}"
+    for name, runs in found.items():
+        settings = {figure: time[1] for figure in FIGURES if (time := best(runs, figure))}
+        yield f"{name}: {CONTENDERS[name].needs} {runs[-1]['version']}" + "".join(f"; {run['date']}, bandwidth {run['bandwidth'] / 1e9:.1f} GB/s, load average {run['busy']:.1f} before it" for run in runs) + "".join(
+            f"; {figure}: {setting}" for figure, setting in settings.items() if setting)
     for name, contender in CONTENDERS.items():
-        if missing([contender.needs]):
+        if name not in found and missing([contender.needs]):
             yield f"{name}: not compared, {contender.needs} not installed"
 
 
@@ -315,7 +318,7 @@ def main():
     parser.add_argument("--layers", type=int, help="fewer than 7B's 32, for a try")
     parser.add_argument("--folder", type=Path, default=Path("build/bench"), help="for models and results (default: %(default)s)")
     parser.add_argument("--keep", action="store_true", help="leave the models there")
-    parser.add_argument("--again", action="store_true", help="measure again what has a result")
+    parser.add_argument("--again", action="store_true", help="measure again what has a result; the medians are over all runs")
     parser.add_argument("--report", action="store_true", help="measure nothing")
     arguments = parser.parse_args()
     if unknown := set(arguments.contenders) - set(CONTENDERS):

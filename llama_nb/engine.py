@@ -763,9 +763,9 @@ class Batch:
         return results
 
 # %% ../nbs/11_cpu_7b.ipynb #0c416995
-def guess(ids: Sequence[int], count: int, longest: int = 3) -> list[int]:
-    "What followed when the text's last tokens stood in it before: up to `count` ids."
-    for size in range(longest, 1, -1):
+def guess(ids: Sequence[int], count: int, least: int = 2, most: int = 4) -> list[int]:
+    "What followed when the text's last tokens, `most` to `least` of them, stood in it before: up to `count` ids."
+    for size in range(most, least - 1, -1):
         end = list(ids[-size:])
         for start in range(len(ids) - size - 1, -1, -1):
             if ids[start] == end[0] and list(ids[start:start + size]) == end:
@@ -775,7 +775,8 @@ def guess(ids: Sequence[int], count: int, longest: int = 3) -> list[int]:
 # %% ../nbs/11_cpu_7b.ipynb #4b1e115f
 class PromptLookup:
     """An `advance` that also computes guesses (Saxena 2023), in the same pass; a guess that was right is an answer already known.
-    Wrong guesses cost time, so they are paid from an account: a small `share` of the plain steps' time, and what right guesses have won."""
+    Wrong guesses cost time, so they are paid from an account: a small `share` of the plain steps' time, and what right guesses have won.
+    Three tokens that stood there before are worth a guess unless it is overdrawn; two only where it holds the price of one."""
 
     def __init__(self, decoder: Decoder, count: int = 7, share: float = 0.02):
         self.decoder, self.count, self.share = decoder, count, share
@@ -790,7 +791,8 @@ class PromptLookup:
             return self.known.pop(0)[1]
         self.known = []
         room = self.decoder.context_length - len(ids)
-        guesses = guess(ids, min(self.count, room)) if self.plain and self.account >= self.extra else []
+        least = 2 if self.account > self.extra else 3
+        guesses = guess(ids, min(self.count, room), least) if self.plain and self.account >= 0 else []
         begin = time.perf_counter()
         new = len(ids) - common_prefix(ids, self.decoder.cached_ids)
         logits = self.decoder.last_logits(ids + guesses, len(guesses) + 1)
