@@ -3,10 +3,12 @@
 # %% auto #0
 __all__ = ['COLUMNS', 'ROWS', 'CUTS', 'layout_map', 'check_layout', 'part_reader', 'load_shards', 'FixedCache', 'MeshStep',
            'parse_mesh', 'check_place', 'quiet_output', 'Party', 'gather', 'reach', 'meet', 'start_mesh', 'MeshLlama',
-           'load_on_mesh']
+           'load_on_mesh', 'Machine', 'Link', 'bytes_read', 'pass_seconds', 'all_reduce_seconds', 'tensor_seconds',
+           'lap_seconds', 'pipeline_seconds']
 
-# %% ../nbs/14_scale.ipynb #991b866c
+# %% ../nbs/14_scale.ipynb #712f4117
 import atexit, contextlib, dataclasses, functools, json, math, os, queue, re, socket, sys, threading, time
+from collections.abc import Sequence
 from pathlib import Path
 
 import keras
@@ -148,7 +150,8 @@ def check_place(mesh, coordinator: str | None, process: int | None) -> None:
     if processes > 1 and process is None or not 0 <= (process or 0) < processes:
         raise GenerationError(f"process should be 0 to {processes - 1} for a mesh {mesh}, found {process}")
 
-# %% ../nbs/14_scale.ipynb #af5e1340
+# %% ../nbs/14_scale.ipynb #c0a5d62c
+@contextlib.contextmanager
 def quiet_output():
     "Within the block, what is written to file descriptors 1 and 2 is dropped; Python's own standard error is not."
     kept = os.dup(1)
@@ -308,3 +311,66 @@ def load_on_mesh(checkpoint: Checkpoint, tokenizer: Tokenizer, config: LlamaConf
         model = build_model(config, dtype)
     check_layout(model.variables, layout)
     return MeshLlama(load_shards(model, checkpoint, progress), tokenizer, config, path, layout, party)
+
+# %% ../nbs/14_scale.ipynb #8a1eff91
+@dataclasses.dataclass(frozen=True)
+class Machine:
+    """What the arithmetic knows of a machine: the `bandwidth` of its memory (bytes/s), the `overhead` of a block
+    beside its bytes (s), `flops` (operations/s), and the size of its `memory` (bytes)."""
+    bandwidth: float
+    overhead: float = 0.0
+    flops: float = math.inf
+    memory: float = math.inf
+
+@dataclasses.dataclass(frozen=True)
+class Link:
+    "A network: the `latency` of a message (s), and each machine's `bandwidth` (bytes/s)."
+    latency: float
+    bandwidth: float
+
+    def send(self, size: float) -> float:
+        "Seconds until `size` bytes have arrived."
+        return self.latency + size / self.bandwidth
+
+# %% ../nbs/14_scale.ipynb #46f71932
+def bytes_read(config: LlamaConfig, bits: float, sequences: float = 1, context: int = 0) -> float:
+    """Bytes that a pass reads: every weight but the embedding table, and for each sequence the keys and values,
+    in 16 bits, of `context` tokens."""
+    weights = config.n_parameters - (0 if config.tied else config.vocab_size * config.dim)
+    cache = 2 * config.n_layers * config.n_kv_heads * config.head_dim * context
+    return weights * bits / 8 + 2 * cache * sequences
+
+def pass_seconds(config: LlamaConfig, bits: float, machine: Machine, sequences: float = 1,
+                 context: int = 0) -> float:
+    "Seconds in which one machine computes a token for each sequence."
+    reading = bytes_read(config, bits, sequences, context) / machine.bandwidth
+    computing = 2 * config.n_parameters * sequences / machine.flops
+    return max(reading, computing) + config.n_layers * machine.overhead
+
+# %% ../nbs/14_scale.ipynb #4c4b026f
+def all_reduce_seconds(link: Link, size: float, devices: int) -> float:
+    """Seconds to add up vectors of `size` bytes: two exchanges, in each of which a device sends all the others
+    their share."""
+    return 2 * link.send(size * (devices - 1) / devices) if devices > 1 else 0.0
+
+def tensor_seconds(config: LlamaConfig, bits: float, machine: Machine, link: Link, devices: int,
+                   sequences: float = 1, context: int = 0) -> float:
+    "Seconds in which `devices`, each with a part of every matrix, compute a token for each sequence."
+    together = dataclasses.replace(machine, bandwidth=devices * machine.bandwidth, flops=devices * machine.flops)
+    meeting = all_reduce_seconds(link, 2 * config.dim * sequences, devices)
+    return pass_seconds(config, bits, together, sequences, context) + 2 * config.n_layers * meeting
+
+# %% ../nbs/14_scale.ipynb #863191d7
+def lap_seconds(stages: Sequence[float], hop: float, groups: int) -> float:
+    """Seconds for a token of every group, if the stages take so many seconds each: the way itself, or the queue at
+    the slowest stage."""
+    return max(sum(stages) + len(stages) * hop, groups * max(stages))
+
+def pipeline_seconds(config: LlamaConfig, bits: float, machine: Machine, link: Link, stages: int,
+                     sequences: float = 1, context: int = 0) -> float:
+    """Seconds in which `stages` machines, with some of the blocks each, compute a token for each sequence; these go
+    round in as many groups as there are stages."""
+    groups = min(sequences, stages)
+    stage = pass_seconds(config, bits, machine, sequences / groups, context) / stages
+    hop = link.send(2 * config.dim * sequences / groups) if stages > 1 else 0.0
+    return lap_seconds([stage] * stages, hop, groups)
