@@ -13,7 +13,7 @@ DROP_STDERR = import sys, nbformat; name = sys.argv[1]; notebook = nbformat.read
 BUILD = jupyter-book build . -n -W --keep-going
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help demo test book chapter fuzz sync hooks clean
+.PHONY: help demo test book chapter fuzz soak sync hooks clean
 
 help: ## list these commands
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -45,6 +45,9 @@ chapter: $(DEV) ## N=06_rope: export, run the notebook in place, clean it, rende
 
 fuzz: $(DEV) ## open 20,000 damaged files of every form: each must end well, or in one line
 	@python tests/fuzz.py
+
+soak: $(DEV) ## the tests of several processes, twenty times over
+	@LLAMA_NB_SOAK=20 python -m pytest tests/test_scale.py -k "two_processes or dies"
 
 sync: $(DEV) ## bring the package in step with the notebooks, and clean these
 	@nbdev_export && nbdev_clean
