@@ -3,12 +3,12 @@
 # %% auto #0
 __all__ = ['CORPUS', 'CORPUS_SHA256', 'HELD_OUT', 'BARD', 'SHAPES', 'fetch_corpus', 'fetch_shakespeare', 'split_plays',
            'train_tokenizer', 'encode_texts', 'batches', 'compile_for_training', 'bits_per_byte', 'TrainingLog',
-           'dropping', 'save_state', 'load_state', 'Backup', 'Progress', 'train', 'unfinished', 'train_folder',
-           'train_bard', 'read_corpus', 'seconds_per_step', 'train_corpus', 'projections', 'add_lora',
+           'dropping', 'save_state', 'load_state', 'Backup', 'Progress', 'train', 'speaker', 'unfinished',
+           'train_folder', 'train_bard', 'read_corpus', 'seconds_per_step', 'train_corpus', 'projections', 'add_lora',
            'adapter_variables', 'save_lora', 'load_lora', 'merge_lora']
 
 # %% ../nbs/12_training.ipynb #d0ead9dc
-import dataclasses, io, json, math, shutil, tarfile, time, zipfile, zlib
+import dataclasses, functools, io, json, math, shutil, tarfile, time, zipfile, zlib
 from operator import attrgetter
 from pathlib import Path
 
@@ -229,6 +229,15 @@ def train(config: LlamaConfig, tokenizer: Tokenizer, texts: list[str], held_out:
             model.fit(data, steps_per_epoch=steps - done, callbacks=callbacks, verbose=0, shuffle=False)
     return model, log.rows
 
+# %% ../nbs/12_training.ipynb #87a4b58d
+def speaker(tokenizer: Tokenizer, config: LlamaConfig, opening: str, **options):
+    "A measurement for `train`: how the model goes on from `opening`, the weights being what they are by now."
+    voice = functools.cache(lambda model: Llama(model, tokenizer, config))
+    def speak(model):
+        voice(model).decoder.cached_ids.clear()
+        return dict(sample=voice(model).generate(opening, seed=1, **options))
+    return speak
+
 # %% ../nbs/12_training.ipynb #7f4cdd0f
 BARD = LlamaConfig.from_params(dict(
     dim=256, n_layers=5, n_heads=8, n_kv_heads=4, vocab_size=2048, multiple_of=16, norm_eps=1e-5, max_seq_len=256))
@@ -248,8 +257,7 @@ def train_folder(folder, config: LlamaConfig, texts: list[str], held_out: list[s
     if not (file := kept / "tokenizer.model").exists():
         with written_whole(file) as part: part.write_bytes(train_tokenizer(texts, config.vocab_size))
     tokenizer = SentencePieceTokenizer(file.read_bytes())
-    def speak(model):
-        return dict(sample=Llama(model, tokenizer, config).generate(opening, max_new_tokens=60, temperature=0.8, seed=1))
+    speak = speaker(tokenizer, config, opening, max_new_tokens=60, temperature=0.8)
     model, log = train(config, tokenizer, texts, held_out, steps, batch_size, measure=speak, state=kept / "state.npz", **options)
     log = dict(tokens_per_step=batch_size * config.context_length) | log
     write_meta(folder, config, lambda name: read_weight(model, name), {file.name: file.read_bytes()})
