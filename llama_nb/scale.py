@@ -2,9 +2,9 @@
 
 # %% auto #0
 __all__ = ['COLUMNS', 'ROWS', 'CUTS', 'layout_map', 'check_layout', 'part_reader', 'load_shards', 'FixedCache', 'MeshStep',
-           'parse_mesh', 'check_place', 'quiet_output', 'Party', 'gather', 'reach', 'meet', 'start_mesh', 'MeshLlama',
-           'load_on_mesh', 'Machine', 'Link', 'bytes_read', 'pass_seconds', 'all_reduce_seconds', 'tensor_seconds',
-           'lap_seconds', 'pipeline_seconds']
+           'parse_mesh', 'check_place', 'quiet_output', 'give_up', 'Party', 'gather', 'reach', 'meet', 'start_mesh',
+           'MeshLlama', 'load_on_mesh', 'Machine', 'Link', 'bytes_read', 'pass_seconds', 'all_reduce_seconds',
+           'tensor_seconds', 'lap_seconds', 'pipeline_seconds']
 
 # %% ../nbs/14_scale.ipynb #712f4117
 import atexit, contextlib, dataclasses, functools, json, math, os, queue, re, socket, sys, threading, time
@@ -125,11 +125,11 @@ class MeshStep:
 
     def __call__(self, ids, start, last):
         try:
-            with self.party.quiet():
+            with quiet_output(self.party.peers):
                 logits, self.caches = self.program(self.weights, self.caches, ids, start, int(last))
                 return np.asarray(logits)
         except RuntimeError:
-            if self.party.peers: self.party.give_up()
+            if self.party.peers: give_up()
             raise
 
 # %% ../nbs/14_scale.ipynb #eed09905
@@ -152,8 +152,9 @@ def check_place(mesh, coordinator: str | None, process: int | None) -> None:
 
 # %% ../nbs/14_scale.ipynb #c0a5d62c
 @contextlib.contextmanager
-def quiet_output():
-    "Within the block, what is written to file descriptors 1 and 2 is dropped; Python's own standard error is not."
+def quiet_output(peers):
+    "Within the block, if there are other processes, what is written to file descriptors 1 and 2 is dropped; Python's own standard error is not."
+    if not peers: return (yield)
     kept = os.dup(1)
     try:
         with quiet_start(), open(os.devnull, "wb") as nowhere:
@@ -162,6 +163,12 @@ def quiet_output():
     finally:
         os.dup2(kept, 1)
         os.close(kept)
+
+# %% ../nbs/14_scale.ipynb #14giveu1
+def give_up() -> None:
+    "Ends this process: another one is gone, and JAX would wait for it, minutes long."
+    print("llama-nb: another process of the mesh has ended, and so does this one", file=sys.stderr, flush=True)
+    os._exit(2)
 
 # %% ../nbs/14_scale.ipynb #d6f732c2
 class Party:
@@ -177,7 +184,7 @@ class Party:
             for line in peer.makefile(encoding="utf-8"):
                 if (said := json.loads(line)) == "the end": return
                 self.heard.put(said)
-        if not self.over: self.give_up()
+        if not self.over: give_up()
 
     def say(self, value) -> None:
         with contextlib.suppress(OSError):
@@ -189,20 +196,11 @@ class Party:
         self.say(value)
         return value
 
-    def quiet(self):
-        "A block in which several processes aren't told what JAX writes about their lines to each other."
-        return quiet_output() if self.peers else contextlib.nullcontext()
-
     def leave(self, reason: str | None = None) -> None:
         "Says that the work is done. Of one that was interrupted nothing is said: the others can't finish theirs."
         if reason == "interrupted": return self.end(130)
         self.over = True
         self.say("the end")
-
-    def give_up(self) -> None:
-        "Ends this process at once: JAX would wait for the others, minutes long."
-        print("llama-nb: another process of the mesh has ended, and so does this one", file=sys.stderr, flush=True)
-        os._exit(2)
 
     def end(self, code: int = 2) -> None:
         "Ends a process that has not left, without waiting for the others."
@@ -225,6 +223,7 @@ def gather(port: int, processes: int, until: float) -> list[socket.socket]:
                 if 0 < number < processes: peers[number] = peer
     return list(peers.values())
 
+# %% ../nbs/14_scale.ipynb #14reach0
 def reach(address: tuple[str, int], process: int, until: float) -> socket.socket:
     "Any other process: a line to process 0, as soon as that is there."
     while True:
@@ -236,6 +235,7 @@ def reach(address: tuple[str, int], process: int, until: float) -> socket.socket
             if time.monotonic() > until: raise
             time.sleep(0.2)
 
+# %% ../nbs/14_scale.ipynb #14meet00
 def meet(coordinator: str | None, processes: int, process: int, patience: float = 60.0) -> Party:
     "The party of all processes, once they have come; each waits `patience` seconds at most."
     if processes == 1: return Party()
@@ -265,7 +265,7 @@ def start_mesh(mesh, coordinator: str | None = None, process: int | None = None)
     if party.peers:
         with socket.create_server(("", 0)) as free: port = free.getsockname()[1]
         address = party.share(f"{coordinator.rpartition(':')[0]}:{port}")
-        with party.quiet(): keras.distribution.initialize(address, processes, process)
+        with quiet_output(party.peers): keras.distribution.initialize(address, processes, process)
         atexit.register(party.end)
     names, count = keras.distribution.list_devices(), processes * devices
     if len(names) < count or party.peers and len(names) > count:
@@ -307,7 +307,7 @@ def load_on_mesh(checkpoint: Checkpoint, tokenizer: Tokenizer, config: LlamaConf
     layout, shape = layout_map(config, devices), json.loads(json.dumps(dataclasses.asdict(config)))
     if party.share(shape) != shape:
         raise GenerationError(f"{path}: should have the shape of process 0's model")
-    with party.quiet(), keras.distribution.ModelParallel(layout_map=layout, batch_dim_name="batch").scope():
+    with quiet_output(party.peers), keras.distribution.ModelParallel(layout_map=layout, batch_dim_name="batch").scope():
         model = build_model(config, dtype)
     check_layout(model.variables, layout)
     return MeshLlama(load_shards(model, checkpoint, progress), tokenizer, config, path, layout, party)
