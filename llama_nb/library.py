@@ -125,7 +125,8 @@ def check_choice(name: str, value, choices: Iterable[str]) -> None:
 
 # %% ../nbs/15_library.ipynb #6b8167e2
 def load(name, engine: str = "auto", dtype: str | None = None, context_length: int | None = None,
-         threads: int | None = None, progress: bool = False, mesh=None, coordinator: str | None = None, process: int | None = None):
+         threads: int | None = None, progress: bool = False, mesh=None, coordinator: str | None = None, process: int | None = None,
+         ray: str | None = None, sequences: int = 8):
     """A `Llama` from a preset, a folder or a file.
 
     `engine`: keras, litert (for a model that was converted), or auto, which looks. `dtype`: float32 (the default) or
@@ -133,14 +134,21 @@ def load(name, engine: str = "auto", dtype: str | None = None, context_length: i
     the model's own, at most 2048). `threads`: how many to compute with (default: all cores); for keras, to be set before
     TensorFlow's first use in the process. `progress`: show it on standard error. `mesh`: the devices to lay the model out on
     with JAX, `8` or, in processes and devices of each, `2x4`; then `coordinator` is HOST:PORT of process 0, and `process` the
-    number of this one (chapter 14). Raises CheckpointError, TokenizerError or GenerationError."""
+    number of this one (chapter 14). `ray`: the address of a Ray cluster over whose nodes the blocks of a converted model are
+    spread, or auto, which finds one here; then there is room for so many `sequences` at once (chapter 14, continued). Raises CheckpointError, TokenizerError or GenerationError."""
     check_threads(threads)
     if mesh is not None: use_jax(engine, threads)
+    if ray is not None:
+        if mesh is not None: raise GenerationError("a model goes onto a mesh or onto a Ray cluster, found both")
+        check_choice("with Ray, engine", engine, ["auto", "litert"])
     path, tokenizer, checkpoint, config = open_model(name, context_length, progress)
-    engine, dtype = choose_engine(checkpoint, "keras" if mesh is not None else engine, dtype)
+    engine, dtype = choose_engine(checkpoint, "keras" if mesh is not None else "litert" if ray is not None else engine, dtype)
     if mesh is not None:
         from llama_nb.scale import load_on_mesh
         return load_on_mesh(checkpoint, tokenizer, config, path, mesh, dtype, coordinator, process, progress)
+    if ray is not None:
+        from llama_nb.pipeline import Pipeline, RayLlama
+        with quiet_start(): return RayLlama(Pipeline(checkpoint, config, ray, sequences, threads), tokenizer, path)
     if engine == "litert":
         from llama_nb.engine import Engine, LiteRTLlama
         with quiet_start(): return LiteRTLlama(Engine(checkpoint, config, threads, progress), tokenizer, path)
@@ -227,6 +235,7 @@ def sampling_options() -> Parser:
     add("--stop", type=some_text, action="append", default=[], metavar="TEXT",
         help="end before this text; may be repeated")
     add("-t", "--threads", type=whole(1), help="how many to compute with (default: all cores)")
+    add("--ray", metavar="ADDRESS", help="spread the blocks of a converted model over this Ray cluster; auto finds one here")
     return options
 
 def mesh_options() -> Parser:
@@ -312,7 +321,7 @@ def load_for(arguments):
             raise GenerationError("this model has no chat template; use generate")
     with quiet_start():
         llm = load(arguments.model, arguments.engine, arguments.dtype, arguments.context_length,
-                   arguments.threads, progress=sys.stderr.isatty(), **places_of(arguments))
+                   arguments.threads, progress=sys.stderr.isatty(), **places_of(arguments), ray=arguments.ray, sequences=1)
         llm.tokenizer.encode("")
     return llm
 
@@ -395,6 +404,8 @@ def format_report(report: dict, context_length: int) -> str:
 # %% ../nbs/15_library.ipynb #eae5f937
 def run_generate(arguments) -> str | None:
     "Continues a text; returns why it ended."
+    for name in places_of(arguments):
+        if arguments.mesh is None: raise UsageError(f"--{name} goes with --mesh")
     if arguments.mesh is not None: return run_on_mesh(arguments)
     prompt = read_prompt(arguments)
     return show_text(load_for(arguments), prompt, arguments)
