@@ -69,10 +69,11 @@ def cluster(tmp_path_factory, folder):
         cluster.add_node(**NODE)
         cluster.add_node(**NODE | dict(memory=2**19))
         assert connect(cluster.address)
+        session = cluster.head_node.get_session_dir_path()
         yield cluster
         ray.shutdown()
         cluster.shutdown()
-        shutil.rmtree(cluster.head_node.get_session_dir_path(), ignore_errors=True)
+        shutil.rmtree(session, ignore_errors=True)
 
 
 def alive():
