@@ -135,7 +135,8 @@ def load(name, engine: str = "auto", dtype: str | None = None, context_length: i
     TensorFlow's first use in the process. `progress`: show it on standard error. `mesh`: the devices to lay the model out on
     with JAX, `8` or, in processes and devices of each, `2x4`; then `coordinator` is HOST:PORT of process 0, and `process` the
     number of this one (chapter 14). `ray`: the address of a Ray cluster over whose nodes the blocks of a converted model are
-    spread, or auto, which finds one here; then there is room for so many `sequences` at once (chapter 14, continued). Raises CheckpointError, TokenizerError or GenerationError."""
+    spread, or auto, which finds one here; then there is room for so many `sequences` at once (chapter 14, continued).
+    Raises CheckpointError, TokenizerError or GenerationError."""
     check_threads(threads)
     if mesh is not None: use_jax(engine, threads)
     if ray is not None:
