@@ -136,8 +136,9 @@ def main():
         todo = [stages for stages in STAGES if (arguments.again or (name, stages) not in results(arguments)) and stages <= (layers or 30) and not (stages and missing(["ray"]))]
         path = arguments.folder / f"scale-{name}-{layers or 'all'}"
         try:
-            if todo and not path.exists():
+            if todo and not (path / "manifest.json").exists():
                 say(name, "being made")
+                shutil.rmtree(path, ignore_errors=True)
                 make(name, path, layers)
             for stages in todo:
                 say(name, "being measured with", stages or "no", "stages")
