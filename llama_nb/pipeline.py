@@ -152,14 +152,14 @@ def get_value(reference, who: str, patience: float, wait: bool = True):
         raise GenerationError(f"{who}: {type(error).__name__}: {line}") from None
 
 # %% ../nbs/14b_pipeline.ipynb #4801a0e3
-def open_stages(pipeline: "Pipeline") -> dict:
-    "Actors with the blocks of a model, by what to call them in a complaint. Each opens its files."
+def open_stages(pipeline: "Pipeline") -> None:
+    "Fills the stages: actors with the blocks of a model, by what to call them in a complaint. Each opens its files."
     import ray
     model, config, nodes, patience = pipeline.model, pipeline.config, find_nodes(pipeline.patience), pipeline.patience
     *programs, _ = program_names(config)
     a_cache = cache_bytes(dataclasses.replace(config, n_layers=1), pipeline.sequences)
     shares = split_blocks([model.manifest["files"][name]["bytes"] + a_cache for name in programs], [node.room for node in nodes])
-    stages, files = {}, {}
+    stages, files = pipeline.stages, {}
     for node, layers in zip(nodes, shares):
         if not layers: continue
         who = f"blocks {layers[0]} to {layers[-1]} on {node.address}"
@@ -168,9 +168,11 @@ def open_stages(pipeline: "Pipeline") -> dict:
     seen = {who: stage.sees.remote(files[who]) for who, stage in stages.items()}
     fetching = [who for who in stages if not get_value(seen[who], who, patience)]
     source = fetching and ray.remote(Source).options(**on_node(ray.get_runtime_context().get_node_id())).remote(model.path)
-    opening = [(who, stage.open.remote(name, source if who in fetching else None)) for who, stage in stages.items() for name in files[who]]
-    for who, done in opening: get_value(done, who, patience)
-    return stages
+    try:
+        opening = [(who, stage.open.remote(name, source if who in fetching else None)) for who, stage in stages.items() for name in files[who]]
+        for who, done in opening: get_value(done, who, patience)
+    finally:
+        if source: ray.kill(source)
 
 def send_rows(stages: Mapping, x: np.ndarray, slots: Sequence[int], places: Sequence[int], wanted: Sequence[int]) -> dict:
     "Hidden states through the stages, without waiting: a reference to what comes out of each; of the last, the `wanted` rows only."
@@ -205,7 +207,7 @@ class Pipeline(Engine):
             self.attempts -= 1
             self.end_stages()
             try:
-                self.stages = open_stages(self)
+                open_stages(self)
                 return self.receive(self.send([0], [0], [0], [0]))
             except StageLost as error: problem = str(error)
         raise GenerationError(f"{self.model.path}: given up after {ATTEMPTS} attempts: {problem}")
