@@ -18,7 +18,6 @@ import json
 import os
 import shutil
 import statistics
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -30,7 +29,7 @@ from llama_nb.checkpoint import SIZES, LlamaConfig, fetch
 from llama_nb.forms import open_checkpoint
 from llama_nb.engine import calibration_text
 from llama_nb.library import write_random_gguf
-from machine import apart, bandwidth, cpu, missing, peak_memory, timed, usable_cores, version
+from machine import apart, bandwidth, command, cpu, missing, peak_memory, timed, usable_cores, version
 
 SMALL = "smollm2-135m-instruct"
 RESULTS = "cpu_7b.jsonl"
@@ -41,19 +40,12 @@ FIGURES = {f"decode {NEAR}": 1, f"prefill {PROMPT}": PROMPT, f"decode {FAR}": 1}
 
 # llama_nb itself.
 
-def run(*arguments):
-    "`llama-nb` with these arguments."
-    done = subprocess.run([sys.executable, "-c", "import sys; from llama_nb.library import main; sys.exit(main())", *map(str, arguments)], capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(done.stderr.strip().splitlines()[-1])
-
-
 def convert(path, config, dtype):
     source = SMALL if config.tied else path.with_name("source")
     try:
         if not config.tied:
-            run("synth", source, "--like", "7B", "--layers", config.n_layers)
-        run("convert", source, path, "--dtype", dtype)
+            command("synth", source, "--like", "7B", "--layers", config.n_layers)
+        command("convert", source, path, "--dtype", dtype)
     finally:
         if not config.tied:
             shutil.rmtree(source, ignore_errors=True)
@@ -61,7 +53,7 @@ def convert(path, config, dtype):
 
 def llama_nb(path, config, threads, context):
     "A converted model, which has been loaded once: the second time counts."
-    run("generate", "-m", path, "-p", "Bees", "-n", 1)
+    command("generate", "-m", path, "-p", "Bees", "-n", 1)
     import llama_nb.engine
     import llama_nb.library
     yield

@@ -66,3 +66,10 @@ def apart(script, call):
     if done.returncode:
         raise RuntimeError((done.stderr.strip().splitlines() or [f"ended with {done.returncode}"])[-1])
     return json.loads(done.stdout.splitlines()[-1])
+
+
+def command(*arguments):
+    "`llama-nb` with these arguments, in a process of its own."
+    done = subprocess.run([sys.executable, "-c", "import sys; from llama_nb.library import main; sys.exit(main())", *map(str, arguments)], capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(done.stderr.strip().splitlines()[-1])

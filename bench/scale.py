@@ -14,33 +14,25 @@ import json
 import os
 import shutil
 import statistics
-import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 
-from machine import apart, bandwidth, cpu, missing, timed, usable_cores, version
+from machine import apart, bandwidth, command, cpu, missing, timed, usable_cores, version
 
 RESULTS, STAGES, COUNTS, NEW = "scale.jsonl", (0, 2, 4), (1, 4, 8), 32
 MODELS = {"65B": "int4", "SmolLM2": "int8"}
 
 
-def llama_nb(*arguments):
-    "`llama-nb` with these arguments."
-    done = subprocess.run([sys.executable, "-c", "import sys; from llama_nb.library import main; sys.exit(main())", *map(str, arguments)], capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(done.stderr.strip().splitlines()[-1])
-
-
 def make(name, path, layers):
     "A converted model, of random weights where there are no others."
     if name == "SmolLM2":
-        return llama_nb("convert", "smollm2-135m-instruct", path, "--dtype", MODELS[name])
+        return command("convert", "smollm2-135m-instruct", path, "--dtype", MODELS[name])
     source = path.with_name("scale-source")
     try:
-        llama_nb("synth", source, "--like", name, "--layers", layers)
-        llama_nb("convert", source, path, "--dtype", MODELS[name])
+        command("synth", source, "--like", name, "--layers", layers)
+        command("convert", source, path, "--dtype", MODELS[name])
     finally:
         shutil.rmtree(source, ignore_errors=True)
 
