@@ -29,7 +29,7 @@ from llama_nb.checkpoint import SIZES, LlamaConfig, fetch
 from llama_nb.forms import open_checkpoint
 from llama_nb.engine import calibration_text
 from llama_nb.library import write_random_gguf
-from machine import apart, bandwidth, command, cpu, missing, peak_memory, timed, usable_cores, version
+from machine import apart, bandwidth, command, cpu, missing, peak_memory, say, timed, usable_cores, version
 
 SMALL = "smollm2-135m-instruct"
 RESULTS = "cpu_7b.jsonl"
@@ -209,10 +209,6 @@ def best(runs, figure):
 
 
 # One run.
-
-def say(*words):
-    print(datetime.datetime.now().strftime("%H:%M:%S"), *words, file=sys.stderr, flush=True)
-
 
 def place(name, arguments):
     if not CONTENDERS[name].make:

@@ -1,4 +1,5 @@
 "What the benchmarks share: the machine they run on, its read bandwidth, and work in a process of its own."
+import datetime
 import importlib.metadata
 import json
 import os
@@ -73,3 +74,7 @@ def command(*arguments):
     done = subprocess.run([sys.executable, "-c", "import sys; from llama_nb.library import main; sys.exit(main())", *map(str, arguments)], capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(done.stderr.strip().splitlines()[-1])
+
+
+def say(*words):
+    print(datetime.datetime.now().strftime("%H:%M:%S"), *words, file=sys.stderr, flush=True)

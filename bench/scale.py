@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-from machine import apart, bandwidth, command, cpu, missing, timed, usable_cores, version
+from machine import apart, bandwidth, command, cpu, missing, say, timed, usable_cores, version
 
 RESULTS, STAGES, COUNTS, NEW = "scale.jsonl", (0, 2, 4), (1, 4, 8), 32
 MODELS = {"65B": "int4", "SmolLM2": "int8"}
@@ -102,10 +102,6 @@ def report(arguments):
         yield f"{name}, {stages or 'no'} stages: {line['bytes'] / 1e9:.2f} GB a pass, at most {limit:.1f} passes/s; {line['date']}, ray {line['ray']}, {'; '.join(line['shares']) or 'one process'}, load average {line['busy']:.1f} before it"
     if missing(["ray"]):
         yield "stages: not measured, ray not installed"
-
-
-def say(*words):
-    print(datetime.datetime.now().strftime("%H:%M:%S"), *words, file=sys.stderr, flush=True)
 
 
 def main():

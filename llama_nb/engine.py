@@ -7,8 +7,8 @@ __all__ = ['ALIGNMENT', 'ROWS', 'CALIBRATION', 'FORMAT', 'DTYPES', 'TOGETHER', '
            'turn', 'store', 'attend', 'Cache', 'cache_bytes', 'attend_rows', 'block_pass', 'calibration_text',
            'balance', 'balance_block', 'head_tensors', 'embedding_table', 'program_names', 'file_sizes', 'file_writers',
            'to_json', 'digest', 'alone_in', 'begin', 'check_disk', 'write_tokenizer', 'describe_job',
-           'steady_checkpoint', 'check_blocks', 'convert', 'Converted', 'open_converted', 'check_contents',
-           'open_dequantized', 'machine', 'states', 'PackedWeights', 'open_programs', 'memory_limits',
+           'steady_checkpoint', 'check_blocks', 'convert', 'Converted', 'open_converted', 'check_content',
+           'check_contents', 'open_dequantized', 'machine', 'states', 'PackedWeights', 'open_programs', 'memory_limits',
            'available_memory', 'check_memory', 'Blocks', 'Engine', 'new_passes', 'Batch', 'guess', 'PromptLookup',
            'write_together', 'LiteRTLlama']
 
@@ -564,11 +564,15 @@ def open_converted(folder) -> Converted:
                 raise CheckpointError(f"{expected['bytes']} bytes were expected, found {found}: cut short?")
     return Converted(folder, content, config)
 
+def check_content(model: Converted, name: str, file: Path) -> None:
+    "Compares a file, which is or will be the model's `name`, with the manifest's fingerprint of it."
+    if sha256(file) != model.manifest["files"][name]["sha256"]:
+        raise CheckpointError(f"{model.path / name}: not the file that the manifest lists: damaged, or of another model or block")
+
 def check_contents(model: Converted, progress: bool = False) -> None:
     "Compares every file with the manifest's fingerprint of it."
-    for name, expected in tqdm(model.manifest["files"].items(), "checking", unit="file", disable=None if progress else True):
-        if sha256(model.path / name) != expected["sha256"]:
-            raise CheckpointError(f"{model.path / name}: not the file that the manifest lists: damaged, or of another model or block")
+    for name in tqdm(model.manifest["files"], "checking", unit="file", disable=None if progress else True):
+        check_content(model, name, model.path / name)
 
 # %% ../nbs/11_cpu_7b.ipynb #f133e3d7
 def open_dequantized(model: Converted) -> Checkpoint:

@@ -12,9 +12,9 @@ from functools import cached_property
 
 import numpy as np
 
-from .checkpoint import CheckpointError, LlamaConfig, cache_folder, sha256, written_whole
+from .checkpoint import CheckpointError, LlamaConfig, cache_folder, written_whole
 from .engine import ROWS, TOGETHER, Blocks, Cache, Converted, Engine, LiteRTLlama, available_memory, cache_bytes
-from .engine import check_contents, digest, new_passes, new_rows, open_programs, program_names
+from .engine import check_content, check_contents, digest, new_passes, new_rows, open_programs, program_names
 from .generation import Decoder, Stream, check_length
 from .sampling import GenerationError, check_number
 
@@ -53,13 +53,12 @@ def part(model: Converted, *names: str) -> Converted:
 def fetch_file(model: Converted, name: str, source) -> Converted:
     "The model in the cache folder, with a file that was fetched there from a `Source` if it has not been before."
     import ray
-    folder, expected = cache_folder() / "blocks" / digest(model.manifest)[:16], model.manifest["files"][name]
+    folder, size = cache_folder() / "blocks" / digest(model.manifest)[:16], model.manifest["files"][name]["bytes"]
     if not (folder / name).exists():
         with written_whole(folder / name) as scratch:
             with open(scratch, "wb") as file:
-                for place in range(0, expected["bytes"], PIECE): file.write(ray.get(source.read.remote(name, place)))
-            if sha256(scratch) != expected["sha256"]:
-                raise CheckpointError(f"{model.path / name}: not the file that the manifest lists: damaged, or of another model or block")
+                for place in range(0, size, PIECE): file.write(ray.get(source.read.remote(name, place)))
+            check_content(model, name, scratch)
     return dataclasses.replace(model, path=folder)
 
 # %% ../nbs/14b_pipeline.ipynb #b3b04e6d

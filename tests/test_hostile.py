@@ -497,5 +497,5 @@ def test_every_metadata_field_with_every_wrong_value(key, tmp_path, monkeypatch)
 
 @pytest.mark.parametrize("form", fuzz.SAMPLES)
 def test_mutations(form):
-    _, wrong = fuzz.fuzz(form, 100)
+    _, wrong = fuzz.fuzz(form, 300)
     assert not wrong
