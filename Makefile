@@ -25,7 +25,7 @@ test: $(DEV) ## pass every test: package in step, strict book build (runs all ch
 	@echo "==> is the package in step with the notebooks?"
 	@python tests/test_sync.py || $(call FAILED,the package is out of step with the notebooks; \`make sync\` mends that)
 	@$(MAKE) --no-print-directory book; built=$$?; \
-	echo "==> pytest"; python -m pytest tests && exit $$built
+	echo "==> pytest"; python -m pytest tests -n 2 --dist loadfile && exit $$built
 
 book: $(DEV) ## build book/_build/html, executing the chapters that changed
 	@echo "==> building the book (executes the chapters: several minutes the first time)"

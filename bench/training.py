@@ -2,7 +2,7 @@
 
     pip install -e ".[bench]"
     python bench/training.py speed                      # tokens/s of bard's training by llama_nb and by PyTorch; minutes
-    python bench/training.py ablations --steps 10000    # a GPT, bard, and bard with one part of a GPT each; an hour or two for every one
+    python bench/training.py ablations                  # a GPT, bard, and bard with one part of a GPT each; an hour or two for every one
 
 `ablations` trains models of the same size on the same windows of the same tokens in the same order, all in the way of chapter 12, and writes how each of them
 did to llama_nb/data/ablations.json, from which the chapter makes its table. What is done is kept; a run that was stopped goes on where it was.
@@ -45,9 +45,10 @@ def same_size(config, parts):
     return min(widths, key=lambda candidate: abs(count_parameters(candidate, parts) - wanted))
 
 
-def build_variant(config, parts, initializer="zeros"):
+def build_variant(config, parts, dtype="float32", initializer="zeros"):
     "Ids to logits, as `build_model`, with the parts asked for."
     import keras
+    keras.config.set_dtype_policy(dtype)
     from keras import ops
 
     from llama_nb.attention import causal_scores, merge_heads, mix_values, split_heads
@@ -117,18 +118,18 @@ def ablations(arguments):
     config = dataclasses.replace(config, hidden_dim=8 * round(config.dim * 8 / 3 / 8))
     tokenizer, (texts, held_out) = load_tokenizer(bard_folder()), split_plays(fetch_shakespeare())
     batch_size, out = 2048 // config.context_length, Path(arguments.out)
-    settings = dict(config=dataclasses.asdict(config), tokens=arguments.steps * 2048, dropout=arguments.dropout, seed=arguments.seed)
+    settings = dict(config=dataclasses.asdict(config), tokens=arguments.steps * 2048, dropout=arguments.dropout, seed=arguments.seed, dtype=arguments.dtype)
     record = json.loads(out.read_text()) if out.exists() else dict(settings=settings, runs={})
     if record["settings"] != settings:
         sys.exit(f"{out}: holds runs with other settings")
     for name, parts in RUNS.items():
-        if name in record["runs"]:
+        if name in record["runs"] or arguments.only not in (None, name):
             continue
         sized, seed = same_size(config, parts), arguments.seed + (name == "LLaMA, another seed")
         state = out.parent / f".{out.stem}.{list(RUNS).index(name)}.npz"
         model, log = train(sized, tokenizer, texts, held_out, arguments.steps, batch_size, dropout=arguments.dropout, seed=seed, state=state,
                            measure_every=max(1, arguments.steps // 4), progress=sys.stderr.isatty(),
-                           build=lambda config, initializer: build_variant(config, parts, initializer))
+                           dtype=arguments.dtype, build=lambda config, *options: build_variant(config, parts, *options))
         record["runs"][name] = dict(parts=parts, parameters=model.count_params(), hidden_dim=sized.hidden_dim, loss=log["training"][-1]["loss"],
                                     held_out=log["held_out"], **log["clock"])
         out.write_text(json.dumps(record, indent=1))
@@ -204,7 +205,7 @@ def torch_model(config, read):
     return model
 
 
-def torch_step(threads, batch, compiled=False):
+def torch_step(threads, batch, compiled=False, half=False):
     import torch
 
     from llama_nb.checkpoint import bard_folder
@@ -219,7 +220,9 @@ def torch_step(threads, batch, compiled=False):
 
     def step():
         optimizer.zero_grad(set_to_none=True)
-        loss = torch.nn.functional.cross_entropy(forward(inputs).flatten(0, 1), targets.flatten())
+        with torch.autocast("cpu", torch.bfloat16, enabled=half):
+            logits = forward(inputs)
+        loss = torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -230,7 +233,8 @@ def torch_step(threads, batch, compiled=False):
 CONTENDERS = {
     "llama_nb": keras_step, "llama_nb, no XLA": functools.partial(keras_step, compiled=False),
     "llama_nb, bfloat16": functools.partial(keras_step, dtype="mixed_bfloat16"),
-    "PyTorch": torch_step, "PyTorch, compiled": functools.partial(torch_step, compiled=True)}
+    "PyTorch": torch_step, "PyTorch, compiled": functools.partial(torch_step, compiled=True),
+    "PyTorch, bfloat16": functools.partial(torch_step, half=True)}
 NEEDS = {name: ["torch"] if name.startswith("PyTorch") else ["tensorflow"] for name in CONTENDERS}
 
 
@@ -271,7 +275,9 @@ def report(run):
     yield ""
     tokens, ours = run["batch"] * run["length"], run["results"].get("llama_nb")
     for name, result in run["results"].items():
-        ratio = f"   llama_nb / {name}: x{result['seconds'] / ours['seconds']:.2f}" if ours and name.startswith("PyTorch") else ""
+        half = run["results"].get("llama_nb, bfloat16")
+        same = half if name.endswith("bfloat16") else ours
+        ratio = f"   llama_nb, same precision: x{result['seconds'] / same['seconds']:.2f}" if same and name.startswith("PyTorch") else ""
         yield f"{name:20}{tokens / result['seconds']:>10.0f} tokens/s{6 * run['parameters'] * tokens / result['seconds'] / 1e9:>8.0f} GFLOPS   first loss {result['loss']:.4f}{ratio}"
     for name, packages in run["absent"].items():
         yield f"{name}: not compared, {' and '.join(packages)} not installed"
@@ -292,10 +298,12 @@ def main():
     one.add_argument("--json", action="store_true", help="print one JSON object")
     two = commands.add_parser("ablations", help="the value of each of LLaMA's changes")
     two.add_argument("--out", default=Path(__file__).resolve().parent.parent / "llama_nb/data/ablations.json")
-    two.add_argument("--steps", type=int, default=10_000, help="of 2,048 tokens each (default: %(default)s)")
+    two.add_argument("--steps", type=int, default=6400, help="of 2,048 tokens each (default: %(default)s)")
     for name, value in dict(dim=256, layers=5, context=256, seed=0).items():
         two.add_argument(f"--{name}", type=int, default=value, help="(default: %(default)s)")
     two.add_argument("--dropout", type=float, default=0.1)
+    two.add_argument("--dtype", default="mixed_bfloat16", help="what the layers compute in (default: %(default)s)")
+    two.add_argument("--only", choices=list(RUNS), help="train this one")
     arguments = parser.parse_args()
     if arguments.command == "ablations":
         return ablations(arguments)

@@ -105,8 +105,8 @@ def check_config(config: "LlamaConfig") -> None:
     if not isinstance(config.rope_scaling, RopeScaling | None):
         raise CheckpointError("rope_scaling should be a RopeScaling or None, "
                               f"found {config.rope_scaling!r}")
-    if config.n_layers > 1000:
-        raise CheckpointError(f"n_layers should be at most 1000, found {config.n_layers}")
+    if config.n_layers > 250:
+        raise CheckpointError(f"n_layers should be at most 250, found {config.n_layers}")
     if config.dim % config.n_heads:
         raise CheckpointError(f"n_heads should divide dim {config.dim}, found {config.n_heads}")
     if config.n_heads % config.n_kv_heads:

@@ -259,7 +259,7 @@ def message_ids(tokenizer: Tokenizer, messages: Sequence[dict]) -> list[int]:
         if isinstance(value, dict): return {key: disguise(item) for key, item in value.items()}
         if isinstance(value, (list, tuple)): return [disguise(item) for item in value]
         if not isinstance(value, str): return value
-        return "".join(mark.join(part) if part in special else part for part in split_at(special, value))
+        return "".join(mark + mark.join(part) if part in special else part for part in split_at(special, value))
 
     text = check_text(chat_text(tokenizer, disguise(messages)))
     parts = split_at(special, text)

@@ -127,7 +127,7 @@ def check_choice(name: str, value, choices: Iterable[str]) -> None:
 def load(name, engine: str = "auto", dtype: str | None = None, context_length: int | None = None,
          threads: int | None = None, progress: bool = False, mesh=None, coordinator: str | None = None, process: int | None = None,
          ray: str | None = None, sequences: int = 8):
-    """A `Llama` from a preset, a folder or a file.
+    """A `Llama` from a preset, a folder, a file, or `owner/name` on the Hub.
 
     `engine`: keras, litert (for a model that was converted), or auto, which looks. `dtype`: float32 (the default) or
     bfloat16; a converted model has its own. `context_length`: how many tokens prompt and continuation may have (default:
@@ -210,7 +210,7 @@ def model_options() -> Parser:
     "Which model, and in what form."
     options = Parser(add_help=False)
     add = options.add_argument
-    add("-m", "--model", default="smollm2-135m-instruct", help="a preset, a folder or a file (default: %(default)s)")
+    add("-m", "--model", default="smollm2-135m-instruct", help="a preset, a folder, a file, or owner/name on the Hub (default: %(default)s)")
     add("-c", "--context-length", type=whole(1), metavar="TOKENS",
         help="room for prompt and continuation (default: the model's own, at most 2048)")
     add("--engine", default="auto", choices=["auto", "keras", "litert"], help="litert runs converted models (default: %(default)s)")
@@ -268,6 +268,7 @@ def add_writers(commands) -> None:
     train.add_argument("folder", help="where to: a new folder, or that of a training that was interrupted")
     train.add_argument("--preset", default="bard", help="the model's shape (default: %(default)s)")
     train.add_argument("--minutes", type=float, help="about how long (default: about ten passes through the texts)")
+    train.add_argument("--dtype", default="float32", choices=["float32", "mixed_bfloat16"], help="to compute in; the latter is faster on a CPU with units for bfloat16 (default: %(default)s)")
     train.add_argument("-s", "--seed", type=whole(0), default=0, help="the same seed gives the same model")
     train.add_argument("--json", action="store_true", help="print one JSON object")
 
@@ -523,7 +524,7 @@ def run_convert(arguments) -> None:
 def run_train(arguments) -> None:
     "Trains a small model; tells how it goes on standard error."
     with quiet_start(): from llama_nb.training import train_corpus
-    report = train_corpus(arguments.corpus, arguments.folder, arguments.preset, arguments.minutes, arguments.seed, progress=sys.stderr.isatty())
+    report = train_corpus(arguments.corpus, arguments.folder, arguments.preset, arguments.minutes, arguments.seed, arguments.dtype, sys.stderr.isatty())
     line = (f"{report['path']}: {report['parameters']:,} parameters, {report['steps']:,} steps in {report['minutes']:.1f} minutes, "
             f"{report['bits_per_byte']:.2f} bits per byte on what was held out")
     print(json.dumps(report) if arguments.json else line, flush=True)

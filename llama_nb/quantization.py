@@ -191,7 +191,7 @@ def rounded(checkpoint: Checkpoint, change) -> Checkpoint:
     return Checkpoint(checkpoint.path, checkpoint.config, tensors)
 
 def quantized(checkpoint: Checkpoint, dtype: str, importance: dict = {}) -> Checkpoint:
-    "The checkpoint as `quantize_tensor` leaves it, in float32: the engine's own numbers."
+    "The checkpoint as `quantize_tensor` leaves it, in float32."
     def change(name, values):
         result = quantize_tensor(name, values, dtype, importance.get(name))
         return result.dequantize() if isinstance(result, Quantized) else result

@@ -207,18 +207,19 @@ class Progress(keras.callbacks.Callback):
 # %% ../nbs/12_training.ipynb #2143b3ca
 def train(config: LlamaConfig, tokenizer: Tokenizer, texts: list[str], held_out: list[str], steps: int, batch_size: int = 8,
           peak: float = 2e-3, dropout: float = 0.0, seed: int = 0, measure_every: int = 500, measure=lambda model: {},
-          state=None, save_minutes: float = 2.0, progress: bool = False, build=build_model) -> tuple[keras.Model, dict]:
+          state=None, save_minutes: float = 2.0, progress: bool = False, dtype: str = "float32", build=build_model) -> tuple[keras.Model, dict]:
     """Trains a LLaMA from nothing on windows of `config.context_length` tokens; returns it and the log. `state`: a file that keeps
-    the training, which goes on from there if the file exists. `measure(model)`: a dictionary, logged beside the held-out cost."""
+    the training, which goes on from there if the file exists. `measure(model)`: a dictionary, logged beside the held-out cost.
+    `dtype`: what layers compute in; with `mixed_bfloat16` they keep their weights in float32."""
     keras.utils.set_random_seed(seed)
-    model = build(config, initializer=keras.initializers.RandomNormal(stddev=0.02))
+    model = build(config, dtype, keras.initializers.RandomNormal(stddev=0.02))
     compile_for_training(model, steps, peak).optimizer.build(model.trainable_variables)
     ids, generator = encode_texts(tokenizer, texts), keras.random.SeedGenerator(seed)
     cost = lambda model: bits_per_byte(model, tokenizer, held_out, config.context_length)
     log = TrainingLog(lambda model: dict(bits_per_byte=cost(model)) | measure(model), steps, measure_every)
     callbacks = [log]
     if state is not None:
-        settings = dataclasses.asdict(config) | dict(steps=steps, batch_size=batch_size, peak=peak, dropout=dropout, seed=seed, text=zlib.crc32(ids))
+        settings = dataclasses.asdict(config) | dict(steps=steps, batch_size=batch_size, peak=peak, dropout=dropout, seed=seed, dtype=dtype, text=zlib.crc32(ids))
         backup = Backup(state, [*model.weights, *model.optimizer.variables, generator.state], log, settings, save_minutes)
         if backup.path.exists(): backup.resume()
         callbacks.append(backup)
@@ -266,10 +267,10 @@ def train_folder(folder, config: LlamaConfig, texts: list[str], held_out: list[s
     return log
 
 # %% ../nbs/12_training.ipynb #8a23e245
-def train_bard(folder, steps: int = 10_000, progress: bool = True) -> dict:
+def train_bard(folder, steps: int = 6400, dtype: str = "mixed_bfloat16", progress: bool = True) -> dict:
     "Trains `bard`, or goes on with it: `train_folder` with Shakespeare."
     texts, held_out = split_plays(fetch_shakespeare())
-    return train_folder(folder, BARD, texts, held_out, steps, opening="MACBETH.\n", dropout=0.1, progress=progress)
+    return train_folder(folder, BARD, texts, held_out, steps, opening="MACBETH.\n", dropout=0.1, dtype=dtype, progress=progress)
 
 # %% ../nbs/12_training.ipynb #ccfa14c9
 SHAPES = {"bard": BARD, "infant": LlamaConfig.from_params(dict(
@@ -288,9 +289,9 @@ def read_corpus(path) -> tuple[list[str], list[str]]:
     return [text[:cut] for text, cut in zip(texts, cuts)], [text[cut:] for text, cut in zip(texts, cuts)]
 
 # %% ../nbs/12_training.ipynb #d5aa2042
-def seconds_per_step(config: LlamaConfig, batch_size: int, count: int = 5) -> float:
+def seconds_per_step(config: LlamaConfig, batch_size: int, dtype: str, count: int = 5) -> float:
     "How long a training step takes on this machine."
-    model = compile_for_training(build_model(config), 1)
+    model = compile_for_training(build_model(config, dtype), 1)
     ids = np.zeros((batch_size, config.context_length), "int32")
     seconds = []
     for _ in range(count):
@@ -300,16 +301,17 @@ def seconds_per_step(config: LlamaConfig, batch_size: int, count: int = 5) -> fl
     return float(np.median(seconds[1:]))
 
 # %% ../nbs/12_training.ipynb #886ac77e
-def train_corpus(corpus, folder, preset: str = "bard", minutes: float | None = None, seed: int = 0, progress: bool = False) -> dict:
+def train_corpus(corpus, folder, preset: str = "bard", minutes: float | None = None, seed: int = 0, dtype: str = "float32",
+                 progress: bool = False) -> dict:
     """Trains a tokenizer and a model of a preset's shape on a text file or a folder of them, in about so many minutes (without: about ten
     passes), and leaves both in `folder` in Meta's layout. Called again after an interruption, it goes on. Returns how it went."""
     if preset not in SHAPES: raise CheckpointError(f"the preset should be one of {', '.join(SHAPES)}, found {preset}")
     config, state, (texts, held_out) = SHAPES[preset], unfinished(folder) / "state.npz", read_corpus(corpus)
     batch_size = 2048 // config.context_length
     if state.exists(): steps = load_state(state)[1]["settings"]["steps"]
-    elif minutes is not None: steps = int(60 * minutes / seconds_per_step(config, batch_size))
+    elif minutes is not None: steps = int(60 * minutes / seconds_per_step(config, batch_size, dtype))
     else: steps = 10 * sum(map(len, texts)) // 2 // 2048
-    log = train_folder(folder, config, texts, held_out, max(steps, 20), batch_size, dropout=0.1, seed=seed, progress=progress,
+    log = train_folder(folder, config, texts, held_out, max(steps, 20), batch_size, dropout=0.1, seed=seed, dtype=dtype, progress=progress,
                        measure_every=max(steps // 20, 50))
     return dict(path=str(folder), parameters=config.n_parameters, steps=log["held_out"][-1]["step"], loss=log["training"][-1]["loss"],
                 bits_per_byte=log["held_out"][-1]["bits_per_byte"], minutes=log["clock"]["minutes"])

@@ -2,8 +2,10 @@
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -47,6 +49,19 @@ def test_too_little_memory_in_all():
 @pytest.mark.parametrize("address", ["127.0.0.1:9", "nonsense"])
 def test_no_cluster(address):
     refuses(GenerationError, f"no Ray cluster at '{address}'", connect, address)
+
+
+@pytest.mark.parametrize("answer", [b"HTTP/1.1 400 Bad Request\r\n\r\n", b"no", b""])
+def test_what_answers_is_not_ray(answer):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        def serve():
+            connection, _ = server.accept()
+            with connection:
+                connection.recv(100)
+                connection.sendall(answer)
+        threading.Thread(target=serve, daemon=True).start()
+        address = f"127.0.0.1:{server.getsockname()[1]}"
+        refuses(GenerationError, f"no Ray cluster at '{address}' (what answers there isn't Ray)", connect, address)
 
 
 @pytest.fixture(scope="module")

@@ -114,10 +114,16 @@ def test_a_killed_training_goes_on_as_if_nothing_had_happened(trained, tokenizer
     assert log["held_out"] == log_again["held_out"] and [row["loss"] for row in log["training"]] == [row["loss"] for row in log_again["training"]]
 
 
+def test_half_precision_learns_as_much_and_keeps_float32(trained, tokenizer):
+    model, log = train(TINY, tokenizer, [VERSE], [VERSE[:500]], dtype="mixed_bfloat16", **RECIPE)
+    assert {str(weight.dtype) for weight in model.weights} == {"float32"} and model(np.zeros((1, 3), "int32")).dtype == "bfloat16"
+    assert log["held_out"][-1]["bits_per_byte"] == pytest.approx(trained[1]["held_out"][-1]["bits_per_byte"], rel=0.05)
+
+
 def test_a_training_goes_on_only_as_it_began(tokenizer, tmp_path):
     state, recipe = tmp_path / "state.npz", RECIPE | dict(steps=20)
     train(TINY, tokenizer, [VERSE], [VERSE[:500]], state=state, **recipe)
-    for name, value in dict(seed=1, steps=80, dropout=0.2).items():
+    for name, value in dict(seed=1, steps=80, dropout=0.2, dtype="mixed_bfloat16").items():
         with pytest.raises(CheckpointError, match=f"state.npz: {name} was"):
             train(TINY, tokenizer, [VERSE], [VERSE[:500]], state=state, **recipe | {name: value})
 
