@@ -273,10 +273,9 @@ def report(run):
     yield f"training bard, {run['parameters']:,} parameters, {run['batch']} x {run['length']} tokens a step, float32 where nothing else is said"
     yield f"{run['cpu']} ({' '.join(run['flags'])}), {run['cores']} cores, {run['threads']} threads; read bandwidth {run['bandwidth'] / 1e9:.1f} GB/s"
     yield ""
-    tokens, ours = run["batch"] * run["length"], run["results"].get("llama_nb")
+    tokens = run["batch"] * run["length"]
     for name, result in run["results"].items():
-        half = run["results"].get("llama_nb, bfloat16")
-        same = half if name.endswith("bfloat16") else ours
+        same = run["results"].get(name.replace("PyTorch, compiled", "PyTorch").replace("PyTorch", "llama_nb"))
         ratio = f"   llama_nb, same precision: x{result['seconds'] / same['seconds']:.2f}" if same and name.startswith("PyTorch") else ""
         yield f"{name:20}{tokens / result['seconds']:>10.0f} tokens/s{6 * run['parameters'] * tokens / result['seconds'] / 1e9:>8.0f} GFLOPS   first loss {result['loss']:.4f}{ratio}"
     for name, packages in run["absent"].items():

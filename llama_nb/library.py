@@ -524,7 +524,7 @@ def run_convert(arguments) -> None:
 def run_train(arguments) -> None:
     "Trains a small model; tells how it goes on standard error."
     with quiet_start(): from llama_nb.training import train_corpus
-    report = train_corpus(arguments.corpus, arguments.folder, arguments.preset, arguments.minutes, arguments.seed, arguments.dtype, sys.stderr.isatty())
+    report = train_corpus(arguments.corpus, arguments.folder, arguments.preset, arguments.minutes, arguments.seed, arguments.dtype, progress=sys.stderr.isatty())
     line = (f"{report['path']}: {report['parameters']:,} parameters, {report['steps']:,} steps in {report['minutes']:.1f} minutes, "
             f"{report['bits_per_byte']:.2f} bits per byte on what was held out")
     print(json.dumps(report) if arguments.json else line, flush=True)
