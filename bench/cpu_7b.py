@@ -7,8 +7,8 @@
     python bench/cpu_7b.py --report               # the figures measured so far
 
 Each contender's model is made, measured in a process of its own, and deleted, one after another (one that is there already is used and kept). Each result
-is a line of build/bench/cpu_7b.jsonl, so a run that was stopped goes on where it was. The read bandwidth is measured before and after each contender:
-decoding reads every weight and the cache of keys and values once for each token, so that bandwidth / bytes is the limit.
+is a line of build/bench/cpu_7b.jsonl, so a run that was stopped goes on where it was. The read bandwidth is measured before each token that is decoded, since it
+changes from one minute to the next on a machine that is shared: decoding reads every weight and the cache of keys and values once for each token, so that bandwidth / bytes is the limit.
 """
 import argparse
 import dataclasses
@@ -28,23 +28,28 @@ import peers
 from llama_nb.checkpoint import SIZES, LlamaConfig, fetch
 from llama_nb.forms import open_checkpoint
 from llama_nb.engine import calibration_text
-from llama_nb.library import write_random_gguf
-from machine import apart, bandwidth, command, cpu, missing, peak_memory, say, timed, usable_cores, version
+from llama_nb.library import memory_reader, write_random_gguf
+from machine import apart, command, cpu, missing, peak_memory, say, timed, usable_cores, version
 
 SMALL = "smollm2-135m-instruct"
 RESULTS = "cpu_7b.jsonl"
 CONTEXT = 2048
 NEAR, FAR, PROMPT, NEW = 128, 2000, 512, 16
+READ = 2**28                # bytes that are read to measure the bandwidth
 FIGURES = {f"decode {NEAR}": 1, f"prefill {PROMPT}": PROMPT, f"decode {FAR}": 1}      # the tokens that a figure's seconds are for
 
 
 # llama_nb itself.
 
+def synthesize(path, config):
+    command("synth", path, "--like", "7B", "--layers", config.n_layers)
+
+
 def convert(path, config, dtype):
     source = SMALL if config.tied else path.with_name("source")
     try:
         if not config.tied:
-            command("synth", source, "--like", "7B", "--layers", config.n_layers)
+            synthesize(source, config)
         command("convert", source, path, "--dtype", dtype)
     finally:
         if not config.tied:
@@ -63,6 +68,18 @@ def llama_nb(path, config, threads, context):
         llm.decoder.cached_ids = []
     yield "", reset, llm.decoder.advance
     return {"eight sequences at once": eight_at_once(llm.engine)} | {f"guessed tokens, {kind}": guessing(llm, *texts) for kind, texts in TEXTS.items()}
+
+
+def keras(path, config, threads, context):
+    "The Keras model in bfloat16: chapter 11's oracle."
+    import llama_nb.generation
+    import llama_nb.library
+    yield
+    decoder = llama_nb.library.load(path, engine="keras", dtype="bfloat16", threads=threads, context_length=context).decoder
+
+    def reset():
+        decoder.cached_ids = []
+    yield "", reset, decoder.advance
 
 
 def eight_at_once(engine):
@@ -142,6 +159,7 @@ CONTENDERS = {
     "SmolLM2 llama_nb int4": Contender(llama_nb, "ai-edge-litert", 4.33, 1, functools.partial(convert, dtype="int4")),
     "SmolLM2 llama_nb int8": Contender(llama_nb, "ai-edge-litert", 8, 1, functools.partial(convert, dtype="int8")),
     "SmolLM2 llama.cpp Q4_1": Contender(peers.llama_cpp, "llama-cpp-python", 5.74, 2, None),
+    "7B llama_nb bfloat16": Contender(keras, "keras", 16, 2, synthesize),
     "7B transformers bfloat16": Contender(peers.transformers, "transformers", 16, 2, None),
 }
 
@@ -166,14 +184,16 @@ def make(name, path, threads, layers):
 
 def measure_times(name, path, threads, layers, repeats, near):
     "Each figure's seconds, by setting; and what it took to get there."
-    config, figures = shape(name, layers), {figure: {} for figure in list(FIGURES)[:2 if near else 3]}
+    config, read, speeds = shape(name, layers), memory_reader(threads, READ), {}
+    figures = {figure: {} for figure in list(FIGURES)[:2 if near else 3]}
     ids = np.random.default_rng(0).integers(100, config.vocab_size, FAR).tolist()
     sessions = CONTENDERS[name].open(Path(path), config, threads, CONTEXT)
 
     def decode(given):
-        logits, seconds = advance(given), []
+        logits, seconds, figure = advance(given), [], f"decode {len(given)}"
         for _ in range(NEW):
             given = given + [int(np.argmax(logits))]
+            speeds.setdefault(figure, {}).setdefault(setting, []).append(read())
             elapsed, logits = timed(advance, given)
             seconds.append(elapsed)
         if not np.isfinite(logits).all():
@@ -196,16 +216,21 @@ def measure_times(name, path, threads, layers, repeats, near):
         try:
             session = next(sessions)
         except StopIteration as end:
-            return dict(load=load, peak=peak_memory(), figures=figures, ratios=end.value or {})
+            return dict(load=load, peak=peak_memory() - READ, figures=figures, speeds=speeds, ratios=end.value or {})
+
+
+def medians(runs, kind, figure):
+    "The median of all runs' `figures` (seconds) or `speeds` (bytes a second), by setting."
+    found = {}
+    for run in runs:
+        for setting, values in run[kind].get(figure, {}).items():
+            found.setdefault(setting, []).extend(values)
+    return {setting: statistics.median(values) for setting, values in found.items()}
 
 
 def best(runs, figure):
     "Median seconds in the setting where they are least, and that setting; None if it wasn't measured."
-    seconds = {}
-    for run in runs:
-        for setting, times in run["figures"].get(figure, {}).items():
-            seconds.setdefault(setting, []).extend(times)
-    return min(((statistics.median(times), setting) for setting, times in seconds.items()), default=None)
+    return min(((seconds, setting) for setting, seconds in medians(runs, "figures", figure).items()), default=None)
 
 
 # One run.
@@ -232,11 +257,10 @@ def measure(name, arguments):
             remove(partial)
             made, _ = timed(apart, __file__, call | dict(work="make", path=str(partial)))
             partial.rename(path)
-        speed, busy = bandwidth(arguments.threads), os.getloadavg()[0]
+        busy = os.getloadavg()[0]
         say(name, "being measured")
         found = apart(__file__, call | dict(work="measure", repeats=arguments.repeats, near=arguments.near))
-        speed = (speed + bandwidth(arguments.threads)) / 2
-        return dict(contender=name, version=version(contender.needs), made=made, bandwidth=speed, busy=busy, **found)
+        return dict(contender=name, version=version(contender.needs), made=made, busy=busy, **found)
     finally:
         remove(partial)
         if made and not arguments.keep:
@@ -263,19 +287,21 @@ def report(arguments):
     found, (model, flags) = results(arguments), cpu()
     if not found:
         return
-    speeds = [run["bandwidth"] / 1e9 for runs in found.values() for run in runs]
+    speeds = [speed / 1e9 for runs in found.values() for figure in FIGURES for speed in medians(runs, "speeds", figure).values()]
     yield f"{model} ({' '.join(flags)}), {usable_cores()} cores, {arguments.threads} threads; read bandwidth {min(speeds):.0f} to {max(speeds):.0f} GB/s"
     if arguments.layers:
         yield f"a try: {arguments.layers} of 7B's 32 layers"
-    yield "tokens/s; of decoding, the share of the limit that the bandwidth of the same runs sets"
+    yield "tokens/s; of decoding, the share of the limit that the bandwidth sets which was measured between the tokens"
     yield f"\n{'':26}" + "".join(f"{figure:>18}" for figure in FIGURES) + f"{'GB a token':>12}{'load':>9}{'memory':>10}"
     for name, runs in found.items():
-        config, line, (load, peak, speed) = shape(name, arguments.layers), f"{name:26}", (statistics.median(run[key] for run in runs) for key in ("load", "peak", "bandwidth"))
+        config, line, (load, peak) = shape(name, arguments.layers), f"{name:26}", (statistics.median(run[key] for run in runs) for key in ("load", "peak"))
         for figure, tokens in FIGURES.items():
             cell = "–"
             if time := best(runs, figure):
                 rate = tokens / time[0]
-                cell = f"{rate:.2f}" + (f" ({100 * rate * bytes_per_token(CONTENDERS[name], config, int(figure.split()[1])) / speed:.0f} %)" if tokens == 1 else "")
+                cell = f"{rate:.2f}"
+                if speed := medians(runs, "speeds", figure).get(time[1]):
+                    cell += f" ({100 * rate * bytes_per_token(CONTENDERS[name], config, int(figure.split()[1])) / speed:.0f} %)"
             line += f"{cell:>18}"
         yield line + f"{bytes_per_token(CONTENDERS[name], config, NEAR) / 1e9:>12.2f}{load:>7.1f} s{peak / 1e9:>7.1f} GB"
     yield ""
@@ -287,7 +313,7 @@ def report(arguments):
             yield f"{ours}: {label} ×{statistics.median(run['ratios'][label] for run in found[ours] if label in run['ratios']):.2f}"
     for name, runs in found.items():
         settings = {figure: time[1] for figure in FIGURES if (time := best(runs, figure))}
-        yield f"{name}: {CONTENDERS[name].needs} {runs[-1]['version']}" + "".join(f"; {run['date']}, bandwidth {run['bandwidth'] / 1e9:.1f} GB/s, load average {run['busy']:.1f} before it" for run in runs) + "".join(
+        yield f"{name}: {CONTENDERS[name].needs} {runs[-1]['version']}" + "".join(f"; {run['date']}, load average {run['busy']:.1f} before it" for run in runs) + "".join(
             f"; {figure}: {setting}" for figure, setting in settings.items() if setting)
     for name, contender in CONTENDERS.items():
         if name not in found and missing([contender.needs]):

@@ -15,7 +15,8 @@ import sys
 
 import numpy as np
 
-from machine import apart, bandwidth, cpu, missing, timed, usable_cores
+from llama_nb.library import read_bandwidth
+from machine import apart, cpu, missing, timed, usable_cores
 
 MODEL = "smollm2-135m-instruct"
 CONTEXTS = (125, 250, 500, 1000)
@@ -109,7 +110,7 @@ def measure(arguments):
     absent = {name: missing(packages) for name, packages in NEEDS.items() if missing(packages)}
     rounds, speeds = {name: [] for name in CONTENDERS if name not in absent}, []
     for _ in range(arguments.rounds):
-        speeds.append(bandwidth(arguments.threads))
+        speeds.append(read_bandwidth(arguments.threads))
         for name, results in rounds.items():
             results.append(run_worker(name, arguments, ids))
     best = {name: min(results, key=lambda result: result["decode"]) for name, results in rounds.items()}

@@ -10,8 +10,6 @@ import sys
 import time
 from pathlib import Path
 
-from llama_nb.library import read_bandwidth
-
 FLAGS = ("avx2", "fma", "f16c", "avx512f", "avx512_bf16", "avx512_vnni", "amx_bf16", "amx_int8", "asimd", "i8mm", "sve")
 
 
@@ -41,11 +39,6 @@ def peak_memory():
 
 def usable_cores():
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-
-
-def bandwidth(threads):
-    "The most bytes a second that `threads` threads read from 2 GB, far more than the caches hold."
-    return read_bandwidth(threads, 2 * 10**9)
 
 
 def version(package):

@@ -19,7 +19,8 @@ from pathlib import Path
 
 import numpy as np
 
-from machine import apart, bandwidth, command, cpu, missing, say, timed, usable_cores, version
+from llama_nb.library import read_bandwidth
+from machine import apart, command, cpu, missing, say, timed, usable_cores, version
 
 RESULTS, STAGES, COUNTS, NEW = "scale.jsonl", (0, 2, 4), (1, 4, 8), 32
 MODELS = {"65B": "int4", "SmolLM2": "int8"}
@@ -130,7 +131,7 @@ def main():
                 make(name, path, layers)
             for stages in todo:
                 say(name, "being measured with", stages or "no", "stages")
-                speed, busy = bandwidth(arguments.threads), os.getloadavg()[0]
+                speed, busy = read_bandwidth(arguments.threads), os.getloadavg()[0]
                 line = apart(__file__, dict(path=str(path), stages=stages, threads=arguments.threads, repeats=arguments.repeats))
                 line |= about(arguments) | dict(model=name, stages=stages, layers=layers, bandwidth=speed, busy=busy, ray=version("ray"), date=datetime.date.today().isoformat())
                 with (arguments.folder / RESULTS).open("a") as file:

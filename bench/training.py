@@ -18,7 +18,8 @@ from pathlib import Path
 
 import numpy as np
 
-from machine import apart, bandwidth, cpu, missing, timed, usable_cores
+from llama_nb.library import read_bandwidth
+from machine import apart, cpu, missing, timed, usable_cores
 
 LLAMA = dict(norm="RMSNorm", positions="RoPE", feed_forward="SwiGLU", biases=False, grouped=True)
 GPT = dict(norm="LayerNorm", positions="learned", feed_forward="GELU", biases=True, grouped=False)
@@ -256,7 +257,7 @@ def speed(arguments):
     absent = {name: missing(packages) for name, packages in NEEDS.items() if missing(packages)}
     results, speeds, failed = {name: [] for name in CONTENDERS if name not in absent}, [], {}
     for _ in range(arguments.rounds):
-        speeds.append(bandwidth(arguments.threads))
+        speeds.append(read_bandwidth(arguments.threads))
         for name in list(results):
             try:
                 results[name].append(apart(__file__, dict(name=name, threads=arguments.threads, batch=batch, repeats=arguments.repeats)))

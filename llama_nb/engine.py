@@ -4,13 +4,13 @@
 __all__ = ['ALIGNMENT', 'ROWS', 'CALIBRATION', 'FORMAT', 'DTYPES', 'TOGETHER', 'block_programs', 'padded_hidden',
            'program_shapes', 'to_program', 'compile_programs', 'place_weight', 'insert_weights', 'write_program',
            'read_program', 'block_tensors', 'aligned', 'Rows', 'new_rows', 'Program', 'quiet_environment', 'normed',
-           'turn', 'store', 'attend', 'Cache', 'cache_bytes', 'attend_rows', 'block_pass', 'calibration_text',
-           'balance', 'balance_block', 'head_tensors', 'embedding_table', 'program_names', 'file_sizes', 'file_writers',
-           'to_json', 'digest', 'alone_in', 'begin', 'check_disk', 'write_tokenizer', 'describe_job',
-           'steady_checkpoint', 'check_blocks', 'convert', 'Converted', 'open_converted', 'check_content',
-           'check_contents', 'open_dequantized', 'machine', 'states', 'PackedWeights', 'open_programs', 'memory_limits',
-           'available_memory', 'check_memory', 'Blocks', 'Engine', 'new_passes', 'Batch', 'guess', 'PromptLookup',
-           'write_together', 'LiteRTLlama']
+           'turn', 'store', 'exponential', 'mix', 'attend', 'Cache', 'cache_bytes', 'attend_rows', 'block_pass',
+           'calibration_text', 'balance', 'balance_block', 'head_tensors', 'embedding_table', 'program_names',
+           'file_sizes', 'file_writers', 'to_json', 'digest', 'alone_in', 'begin', 'check_disk', 'write_tokenizer',
+           'describe_job', 'steady_checkpoint', 'check_blocks', 'convert', 'Converted', 'open_converted',
+           'check_content', 'check_contents', 'open_dequantized', 'machine', 'states', 'PackedWeights', 'open_programs',
+           'memory_limits', 'available_memory', 'check_memory', 'Blocks', 'Engine', 'new_passes', 'Batch', 'guess',
+           'PromptLookup', 'write_together', 'LiteRTLlama']
 
 # %% ../nbs/11_cpu_7b.ipynb #9d860a6c
 import atexit, contextlib, dataclasses, functools, hashlib, importlib.metadata, importlib.resources, json, math, os, platform, shutil, tempfile, time
@@ -269,6 +269,30 @@ def store(vector, values):
     for feature in range(len(vector)): values[feature] = np.int8(np.rint(vector[feature] * (np.float32(127) / largest)))
     return largest / np.float32(127)
 
+# %% ../nbs/11_cpu_7b.ipynb #4ed7d03e
+@numba.njit(fastmath=True)
+def exponential(x):
+    "e to the power x, for x <= 0 in float32, without a call: a short series for x / 256, squared eight times."
+    one, small = np.float32(1), max(x, np.float32(-80)) / np.float32(256)
+    power = one + small * (one + small * (np.float32(1 / 2) + small * (np.float32(1 / 6) + small * np.float32(1 / 24))))
+    for _ in range(8): power *= power
+    return power
+
+# %% ../nbs/11_cpu_7b.ipynb #28c900a4
+@numba.njit(fastmath=True)
+def mix(weights, rows, result):
+    "Adds rows (count, width), each by its weight, to `result` (width,)."
+    count, width = rows.shape
+    whole = count - count % 4
+    for row in range(0, whole, 4):
+        one, two, three, four = rows[row], rows[row + 1], rows[row + 2], rows[row + 3]
+        by_one, by_two, by_three, by_four = weights[row], weights[row + 1], weights[row + 2], weights[row + 3]
+        for column in range(width):
+            result[column] += (by_one * np.float32(one[column]) + by_two * np.float32(two[column])
+                               + by_three * np.float32(three[column]) + by_four * np.float32(four[column]))
+    for row in range(whole, count):
+        for column in range(width): result[column] += weights[row] * np.float32(rows[row, column])
+
 # %% ../nbs/11_cpu_7b.ipynb #bedce984
 @numba.njit(fastmath=True)
 def attend(query, keys, key_scales, values, value_scales, weights, mixed):
@@ -280,12 +304,12 @@ def attend(query, keys, key_scales, values, value_scales, weights, mixed):
         for feature in range(width): score += query[feature] * np.float32(keys[place, feature])
         weights[place] = score * key_scales[place] * shrink
         largest = max(largest, weights[place])
-    mixed[:] = 0
     for place in range(places):
-        weight = np.exp(weights[place] - largest)
+        weight = exponential(weights[place] - largest)
         total += weight
-        weight *= value_scales[place]
-        for feature in range(width): mixed[feature] += weight * np.float32(values[place, feature])
+        weights[place] = weight * value_scales[place]
+    mixed[:] = 0
+    mix(weights[:places], values, mixed)
     for feature in range(width): mixed[feature] /= total
 
 # %% ../nbs/11_cpu_7b.ipynb #60db8600
