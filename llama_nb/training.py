@@ -2,10 +2,10 @@
 
 # %% auto #0
 __all__ = ['CORPUS', 'CORPUS_SHA256', 'HELD_OUT', 'BARD', 'SHAPES', 'fetch_corpus', 'fetch_shakespeare', 'split_plays',
-           'train_tokenizer', 'encode_texts', 'batches', 'compile_for_training', 'bits_per_byte', 'TrainingLog',
-           'dropping', 'save_state', 'load_state', 'Backup', 'Progress', 'train', 'speaker', 'unfinished',
-           'train_folder', 'train_bard', 'read_corpus', 'seconds_per_step', 'train_corpus', 'projections', 'add_lora',
-           'adapter_variables', 'save_lora', 'load_lora', 'merge_lora']
+           'train_tokenizer', 'encode_texts', 'batches', 'compile_for_training', 'surprise_in_windows', 'bits_per_byte',
+           'TrainingLog', 'dropping', 'save_state', 'load_state', 'Backup', 'Progress', 'train', 'speaker',
+           'unfinished', 'train_folder', 'train_bard', 'read_corpus', 'seconds_per_step', 'train_corpus', 'projections',
+           'add_lora', 'adapter_variables', 'save_lora', 'load_lora', 'merge_lora']
 
 # %% ../nbs/12_training.ipynb #d0ead9dc
 import dataclasses, functools, io, json, math, shutil, tarfile, time, zipfile, zlib
@@ -99,17 +99,20 @@ def compile_for_training(model: keras.Model, steps: int, peak: float = 2e-3) -> 
     return model
 
 # %% ../nbs/12_training.ipynb #a7ce8640
-def bits_per_byte(model: keras.Model, tokenizer: Tokenizer, texts: list[str], length: int) -> float:
-    "The bits that a byte of text costs: cross-entropy over windows of `length` tokens, over the bytes of the texts."
-    ids = encode_texts(tokenizer, texts)
+def surprise_in_windows(model: keras.Model, ids: np.ndarray, length: int) -> np.ndarray:
+    "The cross-entropy in bits of each token but the first, given those before it in its window: (windows, length), nan behind the text's end."
     ids = np.pad(ids, (0, -(len(ids) - 1) % length), constant_values=-1)
-    inputs, targets = ids[:-1].reshape(-1, length), ids[1:].reshape(-1, length)
-    nats = 0.0
+    inputs, targets = np.maximum(ids[:-1].reshape(-1, length), 0), ids[1:].reshape(-1, length)
+    found = np.empty(targets.shape, np.float32)
     for begin in range(0, len(inputs), 16):
-        given, target = (np.maximum(part[begin:begin + 16], 0) for part in (inputs, targets))
-        losses = ops.sparse_categorical_crossentropy(target, model(given, training=False), from_logits=True)
-        nats += float(ops.sum(ops.where(targets[begin:begin + 16] >= 0, losses, 0.0)))
-    return nats / math.log(2) / sum(len(text.encode()) for text in texts)
+        rows = slice(begin, begin + 16)
+        losses = ops.sparse_categorical_crossentropy(np.maximum(targets[rows], 0), model(inputs[rows], training=False), from_logits=True)
+        found[rows] = ops.convert_to_numpy(losses)
+    return np.where(targets >= 0, found / math.log(2), np.nan)
+
+def bits_per_byte(model: keras.Model, tokenizer: Tokenizer, texts: list[str], length: int) -> float:
+    "The bits that a byte of text costs: the surprise of all tokens, in windows of `length`, over the bytes of the texts."
+    return float(np.nansum(surprise_in_windows(model, encode_texts(tokenizer, texts), length))) / sum(len(text.encode()) for text in texts)
 
 # %% ../nbs/12_training.ipynb #55de2a5e
 class TrainingLog(keras.callbacks.Callback):
