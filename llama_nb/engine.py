@@ -804,23 +804,27 @@ def guess(ids: Sequence[int], count: int, least: int = 2, most: int = 4) -> list
 class PromptLookup:
     """An `advance` that also computes guesses (Saxena 2023), in the same pass; a guess that was right is an answer already known.
     Wrong guesses cost time, so they are paid from an account: a small `share` of the plain steps' time, and what right guesses have won.
-    Three tokens that stood there before are worth a guess unless it is overdrawn; two only where it holds the price of one."""
+    Three tokens that stood there before are worth a guess unless it is overdrawn; two only where it holds the price of one.
+    At most `count` tokens are guessed at once, fewer until guesses have been right."""
 
     def __init__(self, decoder: Decoder, count: int = 7, share: float = 0.02):
         self.decoder, self.count, self.share = decoder, count, share
         self.known, self.account, self.plain, self.extra = [], 0.0, 0.0, 0.0
-        self.guessed = self.right = 0
+        self.size, self.guessed, self.right = 1, 0, 0
 
     def advance(self, ids: Sequence[int]) -> np.ndarray:
         ids = list(ids)
         if self.known and self.known[0][0] == ids:
             self.right += 1
-            self.account = min(self.account + self.plain, 4 * self.extra)
-            return self.known.pop(0)[1]
+            self.account = min(self.account + self.plain, 4 * self.plain)
+            logits = self.known.pop(0)[1]
+            if not self.known: self.size = min(self.size + 2, self.count)
+            return logits
+        if self.known: self.size = max(self.size - 1, 1)
         self.known = []
         room = self.decoder.context_length - len(ids)
         least = 2 if self.account > self.extra else 3
-        guesses = guess(ids, min(self.count, room), least) if self.plain and self.account >= 0 else []
+        guesses = guess(ids, min(self.size, room), least) if self.plain and self.account >= 0 else []
         begin = time.perf_counter()
         new = len(ids) - common_prefix(ids, self.decoder.cached_ids)
         logits = self.decoder.last_logits(ids + guesses, len(guesses) + 1)

@@ -17,7 +17,7 @@ import llama_nb
 from llama_nb import engine
 from llama_nb.checkpoint import CheckpointError, LlamaConfig, RopeScaling, bard_folder, sha256, write_meta
 from llama_nb.forms import open_checkpoint
-from llama_nb.engine import Batch, LiteRTLlama, PackedWeights, convert, guess, open_converted, open_dequantized, read_program
+from llama_nb.engine import Batch, LiteRTLlama, PackedWeights, PromptLookup, convert, guess, open_converted, open_dequantized, read_program
 from llama_nb.library import describe, find_model, load, main
 from llama_nb.model import build_model, load_weights
 from llama_nb.sampling import GenerationError
@@ -168,6 +168,16 @@ def test_guesses_change_nothing(llm, count):
         for sampling in (dict(temperature=0), dict(temperature=0.7, seed=5)):
             plain = llm.generate(prompt, max_new_tokens=100, **sampling)
             assert llm.generate(prompt, max_new_tokens=100, prompt_lookup_num_tokens=count, **sampling) == plain
+
+
+def test_as_many_guesses_as_have_been_right(llm):
+    ids, end, lookup = list(range(20, 30)) * 6, 12, PromptLookup(llm.decoder, 7, share=1e9)
+    while end < 40 or not lookup.known:
+        lookup.advance(ids[:end])
+        end += 1
+    assert lookup.size == 7 and lookup.right == lookup.guessed - len(lookup.known)
+    lookup.advance([*ids[:end - 1], 40])
+    assert lookup.size == 6 and not lookup.known
 
 
 def test_guess():
