@@ -364,6 +364,13 @@ def test_command_line(source, tmp_path, capsys):
 
 # Measuring.
 
+def test_bench_reads_the_prompt_each_time(llm, monkeypatch):
+    counts, step = [], engine.Engine.step
+    monkeypatch.setattr(engine.Engine, "step", lambda self, ids, start, last: counts.append(ids.shape[1]) or step(self, ids, start, last))
+    assert main(["bench", str(llm.path)]) == 0
+    assert sum(counts) == 3 * 128 + 16
+
+
 def test_bench(tiny, source, tmp_path, capsys):
     assert main(["bench", str(tiny), "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
