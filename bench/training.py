@@ -151,7 +151,8 @@ def keras_step(threads, batch, dtype="float32", compiled=True):
     from llama_nb.training import BARD, compile_for_training
     model = load_weights(build_model(BARD, dtype), open_checkpoint(bard_folder()))
     compile_for_training(model, 1000)
-    model.jit_compile = compiled
+    if not compiled:
+        model.jit_compile = False
     inputs, targets = (tf.constant(part) for part in batch)
     return lambda: float(model.train_on_batch(inputs, targets))
 
@@ -235,7 +236,7 @@ CONTENDERS = {
     "llama_nb": keras_step, "llama_nb, no XLA": functools.partial(keras_step, compiled=False),
     "llama_nb, bfloat16": functools.partial(keras_step, dtype="mixed_bfloat16"),
     "PyTorch": torch_step, "PyTorch, compiled": functools.partial(torch_step, compiled=True),
-    "PyTorch, bfloat16": functools.partial(torch_step, half=True)}
+    "PyTorch, bfloat16": functools.partial(torch_step, half=True), "PyTorch, compiled, bfloat16": functools.partial(torch_step, compiled=True, half=True)}
 NEEDS = {name: ["torch"] if name.startswith("PyTorch") else ["tensorflow"] for name in CONTENDERS}
 
 
@@ -278,7 +279,7 @@ def report(run):
     for name, result in run["results"].items():
         same = run["results"].get(name.replace("PyTorch, compiled", "PyTorch").replace("PyTorch", "llama_nb"))
         ratio = f"   llama_nb, same precision: x{result['seconds'] / same['seconds']:.2f}" if same and name.startswith("PyTorch") else ""
-        yield f"{name:20}{tokens / result['seconds']:>10.0f} tokens/s{6 * run['parameters'] * tokens / result['seconds'] / 1e9:>8.0f} GFLOPS   first loss {result['loss']:.4f}{ratio}"
+        yield f"{name:28}{tokens / result['seconds']:>10.0f} tokens/s{6 * run['parameters'] * tokens / result['seconds'] / 1e9:>8.0f} GFLOPS   first loss {result['loss']:.4f}{ratio}"
     for name, packages in run["absent"].items():
         yield f"{name}: not compared, {' and '.join(packages)} not installed"
     for name, error in run["failed"].items():

@@ -2,10 +2,11 @@
 
 # %% auto #0
 __all__ = ['CORPUS', 'CORPUS_SHA256', 'HELD_OUT', 'BARD', 'SHAPES', 'fetch_corpus', 'fetch_shakespeare', 'split_plays',
-           'train_tokenizer', 'encode_texts', 'batches', 'compile_for_training', 'surprise_in_windows', 'bits_per_byte',
-           'TrainingLog', 'dropping', 'save_state', 'load_state', 'Backup', 'Progress', 'train', 'speaker',
-           'unfinished', 'train_folder', 'train_bard', 'read_corpus', 'seconds_per_step', 'train_corpus', 'projections',
-           'add_lora', 'adapter_variables', 'save_lora', 'load_lora', 'merge_lora']
+           'train_tokenizer', 'encode_texts', 'batches', 'compile_for_training', 'compile_between_products',
+           'surprise_in_windows', 'bits_per_byte', 'TrainingLog', 'dropping', 'save_state', 'load_state', 'Backup',
+           'Progress', 'train', 'speaker', 'unfinished', 'train_folder', 'train_bard', 'read_corpus',
+           'seconds_per_step', 'train_corpus', 'projections', 'add_lora', 'adapter_variables', 'save_lora', 'load_lora',
+           'merge_lora']
 
 # %% ../nbs/12_training.ipynb #d0ead9dc
 import dataclasses, functools, io, json, math, shutil, tarfile, time, zipfile, zlib
@@ -96,6 +97,16 @@ def compile_for_training(model: keras.Model, steps: int, peak: float = 2e-3) -> 
     optimizer = keras.optimizers.AdamW(schedule, weight_decay=0.1, beta_1=0.9, beta_2=0.95, global_clipnorm=1.0)
     optimizer.exclude_from_weight_decay([variable for variable in model.trainable_variables if len(variable.shape) < 2])
     model.compile(optimizer, keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+    return compile_between_products(model) if model.layers[-1].compute_dtype == "bfloat16" else model
+
+# %% ../nbs/12_training.ipynb #2e6a2ce5
+def compile_between_products(model: keras.Model) -> keras.Model:
+    "Has XLA compile what lies between the matrix products of a model's training step on TensorFlow; the products are left to its library."
+    import tensorflow as tf
+    step, left_out = model.train_step, ("MatMul", "BatchMatMul", "Einsum", "StatelessRandom")
+    def train_step(data):
+        with tf.xla.experimental.jit_scope(compile_ops=lambda node: not node.op.startswith(left_out)): return step(data)
+    model.train_step, model.jit_compile = train_step, False
     return model
 
 # %% ../nbs/12_training.ipynb #a7ce8640
