@@ -2,7 +2,7 @@
 
     pip install -e ".[bench]"
     python bench/training.py speed                      # tokens/s of bard's training by llama_nb and by PyTorch; minutes
-    python bench/training.py ablations                  # a GPT, bard, and bard with one part of a GPT each; an hour or two for every one
+    python bench/training.py ablations                  # a GPT, bard, and bard with one part of a GPT each; half an hour to two for every one
 
 `ablations` trains models of the same size on the same windows of the same tokens in the same order, all in the way of chapter 12, and writes how each of them
 did to llama_nb/data/ablations.json, from which the chapter makes its table. What is done is kept; a run that was stopped goes on where it was.

@@ -96,6 +96,7 @@ def compile_for_training(model: keras.Model, steps: int, peak: float = 2e-3) -> 
         0.0, max(1, steps - steps // 20), alpha=0.1, warmup_target=peak, warmup_steps=warm_up)
     optimizer = keras.optimizers.AdamW(schedule, weight_decay=0.1, beta_1=0.9, beta_2=0.95, global_clipnorm=1.0)
     optimizer.exclude_from_weight_decay([variable for variable in model.trainable_variables if len(variable.shape) < 2])
+    optimizer.build(model.trainable_variables)
     model.compile(optimizer, keras.losses.SparseCategoricalCrossentropy(from_logits=True))
     return compile_between_products(model) if model.layers[-1].compute_dtype == "bfloat16" else model
 
@@ -103,9 +104,9 @@ def compile_for_training(model: keras.Model, steps: int, peak: float = 2e-3) -> 
 def compile_between_products(model: keras.Model) -> keras.Model:
     "Has XLA compile what lies between the matrix products of a model's training step on TensorFlow; the products are left to its library."
     import tensorflow as tf
-    step, left_out = model.train_step, ("MatMul", "BatchMatMul", "Einsum", "StatelessRandom")
+    left_out = "MatMul", "BatchMatMul", "Einsum", "StatelessRandom"
     def train_step(data):
-        with tf.xla.experimental.jit_scope(compile_ops=lambda node: not node.op.startswith(left_out)): return step(data)
+        with tf.xla.experimental.jit_scope(compile_ops=lambda node: not node.op.startswith(left_out)): return type(model).train_step(model, data)
     model.train_step, model.jit_compile = train_step, False
     return model
 
@@ -227,7 +228,7 @@ def train(config: LlamaConfig, tokenizer: Tokenizer, texts: list[str], held_out:
     `dtype`: what layers compute in; with `mixed_bfloat16` they keep their weights in float32."""
     keras.utils.set_random_seed(seed)
     model = build(config, dtype, keras.initializers.RandomNormal(stddev=0.02))
-    compile_for_training(model, steps, peak).optimizer.build(model.trainable_variables)
+    compile_for_training(model, steps, peak)
     ids, generator = encode_texts(tokenizer, texts), keras.random.SeedGenerator(seed)
     cost = lambda model: bits_per_byte(model, tokenizer, held_out, config.context_length)
     log = TrainingLog(lambda model: dict(bits_per_byte=cost(model)) | measure(model), steps, measure_every)

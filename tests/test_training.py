@@ -7,14 +7,16 @@ import sys
 import keras
 import numpy as np
 import pytest
+import tensorflow as tf
 from keras import ops
 
 from llama_nb import training
 from llama_nb.checkpoint import CheckpointError, LlamaConfig, bard_folder, write_meta
+from llama_nb.embedding import listening
 from llama_nb.forms import open_checkpoint
 from llama_nb.model import build_model, load_weights, read_weight
 from llama_nb.tokenizer import SentencePieceTokenizer, TokenizerError, synth_tokenizer
-from llama_nb.training import (adapter_variables, add_lora, batches, bits_per_byte, compile_for_training, encode_texts, load_lora, load_state, merge_lora,
+from llama_nb.training import (adapter_variables, add_lora, batches, bits_per_byte, compile_for_training, dropping, encode_texts, load_lora, load_state, merge_lora,
                                save_lora, save_state, split_plays, train, train_corpus)
 
 TINY = LlamaConfig.from_params(dict(dim=32, n_layers=1, n_heads=4, n_kv_heads=2, vocab_size=300, multiple_of=16, max_seq_len=16))
@@ -118,6 +120,30 @@ def test_half_precision_learns_as_much_and_keeps_float32(trained, tokenizer):
     model, log = train(TINY, tokenizer, [VERSE], [VERSE[:500]], dtype="mixed_bfloat16", **RECIPE)
     assert {str(weight.dtype) for weight in model.weights} == {"float32"} and model.get_layer("norm").compute_dtype == "bfloat16"
     assert log["held_out"][-1]["bits_per_byte"] == pytest.approx(trained[1]["held_out"][-1]["bits_per_byte"], rel=0.05)
+
+
+def test_in_half_precision_all_but_products_and_random_numbers_are_compiled():
+    model = compile_for_training(build_model(TINY, "mixed_bfloat16"), steps=3)
+    ids = np.arange(4 * 16, dtype="int32").reshape(4, 16)
+    with listening(dropping(0.1, keras.random.SeedGenerator(0))):
+        graph = tf.function(model.train_step).get_concrete_function((ids, ids)).graph
+    marked = {}
+    for node in graph.as_graph_def().node:
+        marked.setdefault(node.op, set()).add("_XlaCompile" in node.attr and node.attr["_XlaCompile"].b)
+    products = {"MatMul", "Einsum", "StatelessRandomUniformV2"}
+    assert products <= set(marked) and all(marked[op] == {False} for op in products)
+    assert all(True in marked[op] for op in ("Softmax", "Mul", "Rsqrt", "Sigmoid", "SparseSoftmaxCrossEntropyWithLogits"))
+
+
+def test_half_precision_finds_the_losses_of_keras_own_step():
+    inputs, targets = np.random.default_rng(0).integers(0, TINY.vocab_size, (2, 4, 16)).astype("int32")
+    def losses(keras_own):
+        keras.utils.set_random_seed(0)
+        model = compile_for_training(build_model(TINY, "mixed_bfloat16", "glorot_uniform"), steps=5)
+        if keras_own:
+            del model.train_step
+        return [float(model.train_on_batch(inputs, targets)) for _ in range(5)]
+    assert losses(keras_own=False) == pytest.approx(losses(keras_own=True), rel=0.005)
 
 
 def test_a_training_goes_on_only_as_it_began(tokenizer, tmp_path):
