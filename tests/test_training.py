@@ -16,7 +16,7 @@ from llama_nb.embedding import listening
 from llama_nb.forms import open_checkpoint
 from llama_nb.model import build_model, load_weights, read_weight
 from llama_nb.tokenizer import SentencePieceTokenizer, TokenizerError, synth_tokenizer
-from llama_nb.training import (adapter_variables, add_lora, batches, bits_per_byte, compile_for_training, dropping, encode_texts, load_lora, load_state, merge_lora,
+from llama_nb.training import (PROJECTIONS, adapter_variables, add_lora, batches, bits_per_byte, compile_for_training, dropping, encode_texts, load_lora, load_state, merge_lora,
                                save_lora, save_state, split_plays, train, train_corpus)
 
 TINY = LlamaConfig.from_params(dict(dim=32, n_layers=1, n_heads=4, n_kv_heads=2, vocab_size=300, multiple_of=16, max_seq_len=16))
@@ -197,8 +197,9 @@ def test_bard_is_what_the_chapter_describes():
     assert record["training"][-1]["step"] == record["held_out"][-1]["step"] and record["held_out"][-1]["bits_per_byte"] < 2.6
 
 
-def test_merged_equals_adapted(tokenizer, tmp_path):
-    model = add_lora(build_model(TINY, initializer=keras.initializers.RandomNormal(stddev=0.05)), rank=2)
+@pytest.mark.parametrize("parts", [("attention.wq", "attention.wv"), PROJECTIONS])
+def test_merged_equals_adapted(tokenizer, tmp_path, parts):
+    model = add_lora(build_model(TINY, initializer=keras.initializers.RandomNormal(stddev=0.05)), 2, parts)
     ids, before = np.arange(16)[None], numbers(model.non_trainable_variables)
     plain = ops.convert_to_numpy(model(ids))
     compile_for_training(model, 5, peak=1e-2).fit(batches(encode_texts(tokenizer, [VERSE]), 16, 4), steps_per_epoch=5, verbose=0, shuffle=False)
@@ -212,11 +213,12 @@ def test_merged_equals_adapted(tokenizer, tmp_path):
     assert np.abs(ops.convert_to_numpy(again(ids)) - adapted).max() < 1e-5
 
 
+@pytest.mark.parametrize("parts", [("attention.wv",), PROJECTIONS])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_adapters_are_kept_in_a_small_file(tmp_path, dtype):
+def test_adapters_are_kept_in_a_small_file(tmp_path, dtype, parts):
     keras.utils.set_random_seed(0)
     one, two = (build_model(TINY, dtype, keras.initializers.RandomNormal(stddev=0.05, seed=1)) for _ in range(2))
-    for variable in adapter_variables(add_lora(one, rank=2)):
+    for variable in adapter_variables(add_lora(one, 2, parts)):
         variable.assign(np.random.default_rng(0).normal(size=variable.shape))
     save_lora(tmp_path / "adapters.npz", one)
     ids = np.arange(16)[None]
@@ -226,10 +228,24 @@ def test_adapters_are_kept_in_a_small_file(tmp_path, dtype):
 
 def test_adapters_of_another_model_are_refused(tmp_path):
     save_lora(tmp_path / "adapters.npz", add_lora(build_model(TINY), rank=2))
-    other = build_model(dataclasses.replace(TINY, hidden_dim=48))
+    other = build_model(dataclasses.replace(TINY, n_kv_heads=4))
     with pytest.raises(CheckpointError, match="adapters.npz: these adapters are for another model"):
         load_lora(tmp_path / "adapters.npz", other)
     assert all(variable.trainable for variable in other.weights)
+    save_state(tmp_path / "state.npz", other.weights, dict(settings={}, log={}))
+    with pytest.raises(CheckpointError, match="state.npz: should hold adapters, their rank and parts, found settings, log"):
+        load_lora(tmp_path / "state.npz", other)
+
+
+def test_adapters_on_parts_that_there_are(tmp_path):
+    model = build_model(TINY)
+    with pytest.raises(CheckpointError, match="parts should be among attention.wq, .*, found attention.q"):
+        add_lora(model, 2, ["attention.wv", "attention.q"])
+    assert all(variable.trainable for variable in model.weights)
+    for use in (merge_lora, lambda model: save_lora(tmp_path / "adapters.npz", model)):
+        with pytest.raises(CheckpointError, match="should have adapters, found none"):
+            use(model)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.fixture(scope="module")
