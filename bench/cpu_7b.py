@@ -63,7 +63,7 @@ def llama_nb(path, config, threads, context):
     import llama_nb.library
     yield
     llm = llama_nb.library.load(path, engine="litert", threads=threads, context_length=context)
-    yield "", lambda: llm.decoder.cached_ids.clear(), llm.decoder.advance
+    yield "", llm.decoder.forget, llm.decoder.advance
     return {"eight sequences at once": eight_at_once(llm.engine)} | {f"guessed tokens, {kind}": guessing(llm, *texts) for kind, texts in TEXTS.items()}
 
 
@@ -73,7 +73,7 @@ def keras(path, config, threads, context):
     import llama_nb.library
     yield
     decoder = llama_nb.library.load(path, engine="keras", dtype="bfloat16", threads=threads, context_length=context).decoder
-    yield "", lambda: decoder.cached_ids.clear(), decoder.advance
+    yield "", decoder.forget, decoder.advance
 
 
 def eight_at_once(engine):
@@ -125,7 +125,7 @@ def guessing(llm, prompt, answer):
     prompt, ids = ([id % most for id in tokenizer.encode(text)] for text in (prompt, prompt + answer))
 
     def seconds(advance):
-        decoder.cached_ids.clear()
+        decoder.forget()
         advance(ids[:len(prompt)])
         return timed(lambda: [advance(ids[:end]) for end in range(len(prompt) + 1, len(ids))])[0]
     plain, guessed, again = (seconds(way) for way in (decoder.advance, PromptLookup(decoder).advance, decoder.advance))

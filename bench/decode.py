@@ -28,7 +28,7 @@ TEXT = "Bees are flying insects known for their part in pollination and, in the 
 def llama_nb(threads):
     import llama_nb
     decoder = llama_nb.load(MODEL, threads=threads).decoder
-    return lambda: decoder.cached_ids.clear(), decoder.advance
+    return decoder.forget, decoder.advance
 
 
 def transformers(threads):

@@ -71,6 +71,10 @@ class Decoder:
         self.step, self.context_length, self.chunk, self.cached_ids = step, context_length, chunk, []
         self.steady = context_length if steady is None else steady
 
+    def forget(self) -> None:
+        "The cache is void: what comes next is computed whole."
+        self.cached_ids = []
+
     def advance(self, ids: Sequence[int]) -> np.ndarray:
         "The logits (vocab,) after `ids`."
         return self.last_logits(ids, 1)[0]

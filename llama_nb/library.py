@@ -624,7 +624,7 @@ def run_bench(arguments) -> None:
     with quiet_start():
         llm, threads = load(name, arguments.engine, arguments.dtype, arguments.context_length, arguments.threads), arguments.threads or os.cpu_count()
         bandwidth = read_bandwidth(threads)
-        speeds = {"llama_nb": measure_speed(llm.decoder.advance, lambda: llm.decoder.cached_ids.clear(), llm.config)}
+        speeds = {"llama_nb": measure_speed(llm.decoder.advance, llm.decoder.forget, llm.config)}
     if arguments.vs:
         with contextlib.suppress(ImportError), tempfile.TemporaryDirectory() as folder, quiet_start():
             import llama_cpp

@@ -273,7 +273,7 @@ class PipelineDecoder(Decoder):
                 self.cached_ids = list(ids[:first])
                 return super().last_logits(ids, count)
             except StageLost as lost:
-                self.cached_ids = []
+                self.forget()
                 self.pipeline.renew(str(lost))
 
 # %% ../nbs/14b_pipeline.ipynb #66d9efc1
@@ -315,7 +315,7 @@ class RayLlama(LiteRTLlama):
 
     def write(self, streams: Sequence[Stream]) -> list[str]:
         if len(streams) == 1: return super().write(streams)
-        self.decoder.cached_ids = []
+        self.decoder.forget()
         return write_in_flight(self.engine, streams)
 
     def close(self) -> None: self.engine.close()

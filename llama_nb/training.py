@@ -10,6 +10,7 @@ __all__ = ['CORPUS', 'CORPUS_SHA256', 'HELD_OUT', 'BARD', 'SHAPES', 'PROJECTIONS
 
 # %% ../nbs/12_training.ipynb #d0ead9dc
 import dataclasses, functools, io, json, math, shutil, tarfile, time, zipfile, zlib
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from operator import attrgetter
 from pathlib import Path
@@ -113,7 +114,7 @@ def compile_between_products(model: keras.Model) -> keras.Model:
     return model
 
 # %% ../nbs/12_training.ipynb #a7ce8640
-def surprise_in_windows(model: keras.Model, ids: np.ndarray, length: int) -> np.ndarray:
+def surprise_in_windows(model: Callable, ids: np.ndarray, length: int) -> np.ndarray:
     "The cross-entropy in bits of each token but the first, given those before it in its window: (windows, length), nan behind the text's end."
     ids = np.pad(ids, (0, -(len(ids) - 1) % length), constant_values=-1)
     inputs, targets = np.maximum(ids[:-1].reshape(-1, length), 0), ids[1:].reshape(-1, length)
@@ -124,7 +125,7 @@ def surprise_in_windows(model: keras.Model, ids: np.ndarray, length: int) -> np.
         found[rows] = ops.convert_to_numpy(losses)
     return np.where(targets >= 0, found / math.log(2), np.nan)
 
-def bits_per_byte(model: keras.Model, tokenizer: Tokenizer, texts: list[str], length: int) -> float:
+def bits_per_byte(model: Callable, tokenizer: Tokenizer, texts: list[str], length: int) -> float:
     "The bits that a byte of text costs: the surprise of all tokens, in windows of `length`, over the bytes of the texts."
     return float(np.nansum(surprise_in_windows(model, encode_texts(tokenizer, texts), length))) / sum(len(text.encode()) for text in texts)
 
@@ -252,7 +253,7 @@ def speaker(tokenizer: Tokenizer, config: LlamaConfig, opening: str, **options):
     "A measurement for `train`: how the model goes on from `opening`, the weights being what they are by now."
     voice = functools.cache(lambda model: Llama(model, tokenizer, config))
     def speak(model):
-        voice(model).decoder.cached_ids.clear()
+        voice(model).decoder.forget()
         return dict(sample=voice(model).generate(opening, seed=1, **options))
     return speak
 

@@ -93,7 +93,7 @@ def test_a_token_at_a_time_equals_all_at_once(llm):
     ids = llm.tokenizer.encode("My lord, the king of France is come to see the play that we have made for him, and so are we.")
     together = llm.logits(ids)
     for _ in range(2):
-        llm.decoder.cached_ids = []
+        llm.decoder.forget()
         alone = np.array([llm.decoder.advance(ids[:end]) for end in range(1, len(ids) + 1)])
         assert np.abs(alone - together).max() <= 1e-3
 
@@ -123,7 +123,7 @@ def test_scaled_positions_and_a_window(tmp_path):
     found, expected = llm.logits(ids), np.asarray(oracle(np.array([ids])))[0]
     assert llm.config == config and np.abs(found - expected).max() <= 0.08 * np.abs(expected).max()
     assert (found.argmax(-1) == expected.argmax(-1)).mean() >= 0.97
-    llm.decoder.cached_ids = []
+    llm.decoder.forget()
     alone = np.array([llm.decoder.advance(ids[:end]) for end in (150, 151, 300)])
     assert np.abs(alone - found[[149, 150, 299]]).max() <= 1e-3
 

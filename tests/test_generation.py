@@ -56,7 +56,7 @@ def uncached(bard):
 def test_cached_equals_uncached_bard(decoder, uncached, prompt_length, end):
     ids, expected = uncached
     assert len(ids) == decoder.context_length == 256
-    decoder.cached_ids.clear()
+    decoder.forget()
     found = advance_all(decoder, ids[:end], prompt_length)
     assert np.abs(found - expected[prompt_length - 1:end]).max() <= 1e-4
     assert decoder.step.experimental_get_tracing_count() == 1
@@ -67,9 +67,9 @@ def test_cached_equals_uncached_smollm2(small_context):
     expected = small_context.logits(ids)
     decoder = small_context.decoder
     for prompt_length, end in ((1, 8), (2, 8), (17, 40), (255, 256)):
-        decoder.cached_ids.clear()
+        decoder.forget()
         assert np.abs(advance_all(decoder, ids[:end], prompt_length) - expected[prompt_length - 1:end]).max() <= 1e-3
-    decoder.cached_ids.clear()
+    decoder.forget()
     decoder.chunk, before = 50, decoder.chunk
     assert np.abs(decoder.advance(ids) - expected[-1]).max() <= 1e-3
     decoder.chunk = before
