@@ -54,7 +54,7 @@ def check_size(name: str, value, kind: type = int):
 
 # %% ../nbs/01_checkpoint.ipynb #4a380ad7
 def tensor_shapes(config: "LlamaConfig") -> dict[str, tuple[int, ...]]:
-    "Name and shape of every tensor, in the order of their use; matrices are (out, in)."
+    "Name and shape of every tensor, from the embedding to the output; matrices are (out, in)."
     dim, kv_dim, hidden_dim = config.dim, config.n_kv_heads * config.head_dim, config.hidden_dim
     block = {
         "attention_norm": (dim,),
@@ -256,7 +256,7 @@ def allowed_name(argument: str) -> str:
 
 # %% ../nbs/01_checkpoint.ipynb #6d9d607b
 def read_pickle(data: bytes):
-    "Reads the pickle of a dictionary of tensors; knows a few instructions and three names."
+    "Reads the pickle of a dictionary of tensors; knows a few instructions and three functions."
     stack, marks, memo = [], [], {}
     def above_mark():
         items = stack[(begin := marks.pop()):]

@@ -523,7 +523,7 @@ def check_blocks(path: Path, config: LlamaConfig, dtype: str) -> None:
 FORMAT, DTYPES = 2, ("int8", "int4")
 
 def convert(source, folder, dtype: str = "int8", progress: bool = False) -> Path:
-    """Writes a checkpoint as quantized LiteRT programs, `dtype` int8 or int4, a tensor at a time.
+    """Writes a checkpoint as quantized LiteRT programs, `dtype` int8 or int4, a block at a time.
 
     Files appear whole, the manifest last. If it is interrupted, the same call goes on where it was. A model whose
     positions follow the length of the text (chapter 6's dynamic kind) gets the context in which they don't.
