@@ -375,6 +375,8 @@ def test_bench(tiny, source, tmp_path, capsys):
     assert main(["bench", str(tiny), "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert report["dtype"] == "int4" and report["bandwidth"] > 1e8 and min(report["speeds"]["llama_nb"].values()) > 0
+    read = sum(file.stat().st_size for file in tiny.iterdir() if file.name not in ("manifest.json", "tok_embeddings.npy"))
+    assert abs(report["bandwidth"] / report["limit"] / read - 1) < 0.02
     assert main(["bench", str(source), "--vs", "llama.cpp"]) == 2
     assert "llama.cpp is compared with converted models" in capsys.readouterr().err
 
