@@ -5,7 +5,7 @@ __all__ = ['CORPUS', 'CORPUS_SHA256', 'HELD_OUT', 'BARD', 'SHAPES', 'PROJECTIONS
            'split_plays', 'train_tokenizer', 'encode_texts', 'batches', 'compile_for_training',
            'compile_between_products', 'surprise_in_windows', 'bits_per_byte', 'TrainingLog', 'dropping', 'save_state',
            'load_state', 'Backup', 'Progress', 'train', 'speaker', 'unfinished', 'train_folder', 'train_bard',
-           'read_corpus', 'seconds_per_step', 'train_corpus', 'projections', 'add_lora', 'adapted_parts',
+           'read_corpus', 'seconds_per_step', 'train_corpus', 'projections', 'add_lora', 'adapted_layers',
            'adapter_variables', 'save_lora', 'load_lora', 'merge_lora']
 
 # %% ../nbs/12_training.ipynb #d0ead9dc
@@ -346,26 +346,27 @@ def projections(model: keras.Model, parts=PROJECTIONS) -> list[keras.layers.Dens
 
 def add_lora(model: keras.Model, rank: int = 8, parts=("attention.wq", "attention.wv")) -> keras.Model:
     "Freezes a model and gives these projections of each block an adapter, which alone can be trained (Hu et al. 2022, sections 4 and 7.1)."
-    adapted = projections(model, parts)
+    chosen = projections(model, parts)
     for variable in model.trainable_variables: variable.trainable = False
-    for dense in adapted: dense.enable_lora(rank)
+    for dense in chosen: dense.enable_lora(rank)
     return model
 
 # %% ../nbs/12_training.ipynb #e78cba0d
-def adapted_parts(model: keras.Model) -> list[str]:
+def adapted_layers(model: keras.Model) -> list[keras.layers.Dense]:
     "The projections that have adapters."
-    parts = [part for part in PROJECTIONS if projections(model, [part])[0].lora_enabled]
-    if not parts: raise CheckpointError("the model should have adapters, found none: add_lora gives it some")
-    return parts
+    found = [dense for dense in projections(model) if dense.lora_enabled]
+    if not found: raise CheckpointError("the model should have adapters, found none: add_lora gives it some")
+    return found
 
 def adapter_variables(model: keras.Model) -> list[keras.Variable]:
     "The thin matrices of an adapted model."
-    return [variable for dense in projections(model, adapted_parts(model)) for variable in (dense.lora_kernel_a, dense.lora_kernel_b)]
+    return [variable for dense in adapted_layers(model) for variable in (dense.lora_kernel_a, dense.lora_kernel_b)]
 
 def save_lora(path, model: keras.Model) -> None:
     "Writes a model's adapters into one file."
-    parts = adapted_parts(model)
-    save_state(path, adapter_variables(model), dict(rank=projections(model, parts)[0].lora_rank, parts=parts))
+    rank = adapted_layers(model)[0].lora_rank
+    parts = [part for part in PROJECTIONS if projections(model, [part])[0].lora_enabled]
+    save_state(path, adapter_variables(model), dict(rank=rank, parts=parts))
 
 def load_lora(path, model: keras.Model) -> keras.Model:
     "Gives a model the adapters of a file."
@@ -381,7 +382,7 @@ def load_lora(path, model: keras.Model) -> keras.Model:
 
 def merge_lora(model: keras.Model) -> keras.Model:
     "Adds the adapters to the matrices they adapt, and begins them at zero again."
-    for dense in projections(model, adapted_parts(model)):
+    for dense in adapted_layers(model):
         dense.weights[0].assign(dense.kernel)
         dense.lora_kernel_b.assign(ops.zeros_like(dense.lora_kernel_b))
     return model
