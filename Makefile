@@ -5,6 +5,7 @@ EXTRAS ?= dev
 DEV = $(VENV)/.$(EXTRAS)
 SUPPORTED := import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))
 PYTHON ?= $(shell for p in python3.11 python3 python3.12 python3.13; do $$p -c '$(SUPPORTED)' 2>/dev/null && { echo $$p; break; }; done)
+QUIETLY := -qq --disable-pip-version-check --no-input
 FAILED = { echo "make $@: $(1)" >&2; exit 1; }
 WHY = $$(grep -aoh "ERROR: .*" $(VENV)/pip.log 2>/dev/null | grep -v present-rich | tail -n 1)
 STRICT = each WARNING or ERROR above names its file and reason
@@ -13,7 +14,7 @@ DROP_STDERR = import sys, nbformat; name = sys.argv[1]; notebook = nbformat.read
 BUILD = jupyter-book build . -n -W --keep-going
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help demo test book chapter fuzz soak sync hooks clean
+.PHONY: help demo test book chapter fuzz anycpu soak sync hooks clean
 
 help: ## list these commands
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -46,6 +47,9 @@ chapter: $(DEV) ## N=06_rope: export, run the notebook in place, clean it, rende
 fuzz: $(DEV) ## open 20,000 damaged files of every form: each must end well, or in one line
 	@python tests/fuzz.py
 
+anycpu: $(DEV) ## chapters and tests as other CPUs would compute them: an hour, before a release or after work on the engine
+	@python tests/anycpu.py $(N)
+
 soak: $(DEV) ## the tests of several processes, twenty times over
 	@LLAMA_NB_SOAK=20 python -m pytest tests/test_scale.py -k "two_processes or dies"
 
@@ -59,15 +63,15 @@ clean: ## remove what was built (.venv and the per-user cache of weights stay)
 	@rm -rf book/_build build dist *.egg-info
 
 $(VENV)/.demo: pyproject.toml | $(BIN)/python
-	@echo "==> installing llama_nb and its pins into $(VENV) (about 700 MB the first time)"
+	@echo "==> installing llama_nb and its pins into $(VENV): about 700 MB and one to five minutes the first time; $(VENV)/pip.log says more"
 	@rm -f $(VENV)/pip.log
-	@python -m pip install --log $(VENV)/pip.log -e . || $(call FAILED,pip could not install the package: $(WHY))
+	@python -m pip install $(QUIETLY) --log $(VENV)/pip.log -e . || $(call FAILED,pip could not install the package: $(WHY))
 	@touch $@
 
 $(DEV): pyproject.toml | $(BIN)/python
-	@echo "==> installing llama_nb[$(EXTRAS)] into $(VENV) (about 1 GB the first time)"
+	@echo "==> installing llama_nb[$(EXTRAS)] into $(VENV): about 1 GB and two to six minutes the first time; $(VENV)/pip.log says more"
 	@rm -f $(VENV)/pip.log
-	@python -m pip install --log $(VENV)/pip.log -e ".[$(EXTRAS)]" || $(call FAILED,pip could not install the package: $(WHY))
+	@python -m pip install $(QUIETLY) --log $(VENV)/pip.log -e ".[$(EXTRAS)]" || $(call FAILED,pip could not install the package: $(WHY))
 	@touch $@ $(VENV)/.demo
 
 $(BIN)/python:

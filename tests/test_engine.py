@@ -14,12 +14,14 @@ import numpy as np
 import pytest
 
 import llama_nb
+from conftest import same_but_for_rounding, watched, written_as_alone
 from llama_nb import engine
 from llama_nb.checkpoint import CheckpointError, LlamaConfig, RopeScaling, bard_folder, sha256, write_meta
 from llama_nb.forms import open_checkpoint
 from llama_nb.engine import Batch, LiteRTLlama, PackedWeights, PromptLookup, convert, guess, open_converted, open_dequantized, read_program
 from llama_nb.library import describe, find_model, load, main
 from llama_nb.model import build_model, load_weights
+from llama_nb.quantization import divergence
 from llama_nb.sampling import GenerationError
 from llama_nb.tokenizer import synth_tokenizer
 
@@ -80,13 +82,18 @@ def test_programs_hold_what_was_rounded(converted):
     assert read_program(converted / "head.tflite")["output"].bits == 8
 
 
+def near_the_oracle(expected, found):
+    """Products round their left side to 8 bits, and the cache is int8: near the logits of the Keras model with the same weights, and another
+    token first only where two are nearly level. Measured: largest difference 0.4 (EPYC), divergence 0.0007, margins up to 0.06."""
+    same_but_for_rounding(expected, found)
+    second, first = np.sort(expected, axis=-1)[:, -2:].T
+    assert (first - second)[found.argmax(-1) != expected.argmax(-1)].max(initial=0) <= 1
+
+
 def test_logits_equal_the_keras_model_of_the_same_weights(llm, converted):
-    "Products round their left side to 8 bits a token, and the cache is int8: within 8 % of the largest logit, and 98 % of first places."
     oracle = load_weights(build_model(llm.config), open_dequantized(open_converted(converted)))
     ids = llm.tokenizer.encode((Path(llama_nb.__file__).parent / "data" / "macbeth.txt").read_text())[:200]
-    expected, found = np.asarray(oracle(np.array([ids])))[0], llm.logits(ids)
-    assert np.abs(found - expected).max() <= 0.08 * np.abs(expected).max()
-    assert (found.argmax(-1) == expected.argmax(-1)).mean() >= 0.97
+    near_the_oracle(np.asarray(oracle(np.array([ids])))[0], llm.logits(ids))
 
 
 def test_a_token_at_a_time_equals_all_at_once(llm):
@@ -94,8 +101,7 @@ def test_a_token_at_a_time_equals_all_at_once(llm):
     together = llm.logits(ids)
     for _ in range(2):
         llm.decoder.forget()
-        alone = np.array([llm.decoder.advance(ids[:end]) for end in range(1, len(ids) + 1)])
-        assert np.abs(alone - together).max() <= 1e-3
+        same_but_for_rounding(together, np.array([llm.decoder.advance(ids[:end]) for end in range(1, len(ids) + 1)]))
 
 
 def test_300_positions_of_smollm2(cache, tmp_path_factory):
@@ -107,9 +113,9 @@ def test_300_positions_of_smollm2(cache, tmp_path_factory):
     rounded = open_dequantized(open_converted(folder))
     oracle = load_weights(build_model(rounded.config), rounded)
     expected = np.asarray(oracle(np.array([ids])))[0]
-    assert np.abs(found - expected).max() <= 5.0
-    assert np.median(np.abs(found - expected).max(axis=-1)) <= 1.5
-    assert (found.argmax(-1) == expected.argmax(-1)).mean() >= 0.9
+    # EPYC 1.1 and 0.016; with noise of one step in the rounding 1.5 and 0.05, and up to 20 in a single logit; positions halved 21 and 2.5.
+    assert np.median(np.abs(found - expected).max(axis=-1)) <= 3
+    assert divergence(expected[None], found[None]) <= 0.15
 
 
 def test_scaled_positions_and_a_window(tmp_path):
@@ -121,11 +127,10 @@ def test_scaled_positions_and_a_window(tmp_path):
     oracle = load_weights(build_model(config), open_dequantized(open_converted(tmp_path / "int8")))
     ids = llm.tokenizer.encode((Path(llama_nb.__file__).parent / "data" / "macbeth.txt").read_text())[:300]
     found, expected = llm.logits(ids), np.asarray(oracle(np.array([ids])))[0]
-    assert llm.config == config and np.abs(found - expected).max() <= 0.08 * np.abs(expected).max()
-    assert (found.argmax(-1) == expected.argmax(-1)).mean() >= 0.97
+    assert llm.config == config
+    near_the_oracle(expected, found)
     llm.decoder.forget()
-    alone = np.array([llm.decoder.advance(ids[:end]) for end in (150, 151, 300)])
-    assert np.abs(alone - found[[149, 150, 299]]).max() <= 1e-3
+    same_but_for_rounding(found[[149, 150, 299]], np.array([llm.decoder.advance(ids[:end]) for end in (150, 151, 300)]))
 
 
 @pytest.mark.parametrize("scaling, context", [(RopeScaling("dynamic", 4.0, 256), 256), (RopeScaling("linear", 4.0), 1024)], ids=str)
@@ -150,24 +155,32 @@ def test_the_same_object(llm, converted):
 
 def test_several_texts_together(llm):
     prompts = ["My lord,", "The queen", "What", "O", "Enter MACBETH and", "No more", "And", "How now", "Good night,"]
-    for sampling in (dict(temperature=0), dict(temperature=0.9, seed=2, stop="\n")):
-        assert llm.generate(prompts, max_new_tokens=12, **sampling) == [llm.generate(prompt, max_new_tokens=12, **sampling) for prompt in prompts]
+    for sampling, stop in ((dict(temperature=0), ()), (dict(temperature=0.9, seed=2), "\n")):
+        streams = [watched(llm.stream(prompt, max_new_tokens=12, stop=stop, **sampling)) for prompt in prompts]
+        texts = llm.write(streams)
+        for stream, text in zip(streams, texts):
+            pieces = llm.tokenizer.stream(stream.prompt_ids)
+            whole = "".join(map(pieces.push, stream.new_ids)) + pieces.finish()
+            assert text == (whole.partition(stop)[0] if stop else whole)
+            written_as_alone(llm, stream, **sampling)
+    assert [type(text) for text in llm.generate(prompts, max_new_tokens=1)] == [str] * len(prompts)
 
 
 def test_a_batch_knows_what_it_has(llm):
     batch, ids = Batch(llm.engine, 2, 64), llm.tokenizer.encode("The queen is come to see the play")
     batch.advance({0: ids[:4], 1: ids[:6]})
     rows = batch.advance({0: ids, 1: ids[:3] + ids[5:]})
-    assert np.abs(rows[0] - llm.logits(ids)[-1]).max() <= 1e-3
-    assert np.abs(rows[1] - llm.logits(ids[:3] + ids[5:])[-1]).max() <= 1e-3
+    same_but_for_rounding(llm.logits(ids)[-1:], rows[0][None])
+    same_but_for_rounding(llm.logits(ids[:3] + ids[5:])[-1:], rows[1][None])
 
 
 @pytest.mark.parametrize("count", [1, 7, 40])
 def test_guesses_change_nothing(llm, count):
     for prompt in ("My lord, my lord, my lord, my lord,", "The queen"):
         for sampling in (dict(temperature=0), dict(temperature=0.7, seed=5)):
-            plain = llm.generate(prompt, max_new_tokens=100, **sampling)
-            assert llm.generate(prompt, max_new_tokens=100, prompt_lookup_num_tokens=count, **sampling) == plain
+            stream = watched(llm.stream(prompt, max_new_tokens=100, prompt_lookup_num_tokens=count, **sampling))
+            "".join(stream)
+            written_as_alone(llm, stream, **sampling)
 
 
 def test_as_many_guesses_as_have_been_right(llm):
@@ -189,8 +202,7 @@ def test_texts_take_turns(llm):
     one, other = (llm.tokenizer.encode(text) for text in ("My lord, the king", "My lord, the queen is"))
     expected = llm.logits(one)[-1], llm.logits(other)[-1]
     for _ in range(2):
-        assert np.abs(llm.decoder.advance(one) - expected[0]).max() <= 1e-3
-        assert np.abs(llm.decoder.advance(other) - expected[1]).max() <= 1e-3
+        for ids, row in zip((one, other), expected): same_but_for_rounding(row[None], llm.decoder.advance(ids)[None])
 
 
 # Conversion.

@@ -15,6 +15,7 @@ ray = pytest.importorskip("ray", reason="needs Ray: pip install 'llama_nb[scale]
 from ray._private import state
 from ray.cluster_utils import Cluster
 
+from conftest import same_but_for_rounding, watched, written_as_alone
 from llama_nb import pipeline
 from llama_nb.checkpoint import CheckpointError, bard_folder
 from llama_nb.engine import convert, open_converted
@@ -123,62 +124,66 @@ def llm(cluster, folder, alone):
     assert nothing_left()
 
 
-@pytest.fixture(scope="module")
-def expected(alone):
-    return [alone.generate(prompt, max_new_tokens=30, temperature=0) for prompt in PROMPTS]
+def writes_as_one_process(llm, alone, prompts, max_new_tokens=30, after_five=None, prompt_lookup_num_tokens=0, stop=(), **sampling):
+    "Texts over stages are those of one process, but for rounding; `after_five` is called when the first text has five tokens."
+    sampling = sampling or dict(temperature=0)
+    streams = [watched(llm.stream(prompt, max_new_tokens, stop, prompt_lookup_num_tokens, **sampling)) for prompt in prompts]
+    if after_five:
+        stream, = streams
+        for _ in zip(stream, range(5)): pass
+        after_five()
+        "".join(stream)
+    else:
+        llm.write(streams)
+    for stream in streams:
+        assert len(stream.new_ids) == max_new_tokens or stream.finish_reason in ("end", "stop")
+        written_as_alone(alone, stream, **sampling)
 
 
 def test_a_node_without_memory_gets_no_blocks(llm):
     assert [who.split(" on ")[0] for who in llm.engine.stages] == ["blocks 0 to 2", "blocks 3 to 4"]
 
 
-def test_the_same_text_as_one_process(llm, alone, expected):
-    assert [llm.generate(prompt, max_new_tokens=30, temperature=0) for prompt in PROMPTS[:2]] == expected[:2]
-    sampling = dict(max_new_tokens=20, temperature=0.8, seed=3, stop="\n")
-    assert llm.generate(PROMPTS[0], **sampling) == alone.generate(PROMPTS[0], **sampling)
+def test_the_same_text_as_one_process(llm, alone):
+    for prompt in PROMPTS[:2]: writes_as_one_process(llm, alone, [prompt])
+    writes_as_one_process(llm, alone, PROMPTS[:1], 20, stop="\n", temperature=0.8, seed=3)
 
 
-def test_more_texts_than_there_is_room_for(llm, expected):
-    assert llm.generate(PROMPTS, max_new_tokens=30, temperature=0) == expected
+def test_more_texts_than_there_is_room_for(llm, alone):
+    writes_as_one_process(llm, alone, PROMPTS)
 
 
 def test_a_long_prompt_and_guesses(llm, alone):
     ids = alone.tokenizer.encode("My lord, the king is come. " * 40)[:200]
-    expected = alone.generate(ids, max_new_tokens=20, temperature=0)
-    assert llm.generate(ids, max_new_tokens=20, temperature=0) == expected
-    assert llm.generate(ids, max_new_tokens=20, temperature=0, prompt_lookup_num_tokens=5) == expected
-    assert llm.logits(ids).argmax(-1).tolist() == alone.logits(ids).argmax(-1).tolist()
+    for guesses in (0, 5): writes_as_one_process(llm, alone, [ids], 20, prompt_lookup_num_tokens=guesses)
+    same_but_for_rounding(alone.logits(ids), llm.logits(ids))
 
 
 def test_texts_take_turns(llm, alone):
-    one, other = (llm.stream(prompt, max_new_tokens=10, temperature=0) for prompt in PROMPTS[:2])
-    texts = ["", ""]
-    for pieces in zip(one, other):
-        texts = [text + piece for text, piece in zip(texts, pieces)]
-        llm.generate(PROMPTS[2:4], max_new_tokens=1)
-    texts = [text + "".join(stream) for text, stream in zip(texts, (one, other))]
-    assert texts == [alone.generate(prompt, max_new_tokens=10, temperature=0) for prompt in PROMPTS[:2]]
+    one, other = (watched(llm.stream(prompt, max_new_tokens=10, temperature=0)) for prompt in PROMPTS[:2])
+    for _ in zip(one, other): llm.generate(PROMPTS[2:4], max_new_tokens=1)
+    for stream in (one, other):
+        "".join(stream)
+        assert len(stream.new_ids) == 10
+        written_as_alone(alone, stream, temperature=0)
 
 
 # What happens to stages.
 
 @pytest.mark.parametrize("number", [0, 1])
-def test_a_stage_is_killed_while_a_text_is_written(llm, expected, number):
-    stream, pieces = llm.stream(PROMPTS[0], max_new_tokens=30, temperature=0), []
-    for piece in stream:
-        pieces.append(piece)
-        if len(pieces) == 5: kill(llm, number)
-    assert "".join(pieces) == expected[0]
+def test_a_stage_is_killed_while_a_text_is_written(llm, alone, number):
+    writes_as_one_process(llm, alone, PROMPTS[:1], after_five=lambda: kill(llm, number))
 
 
-def test_a_stage_is_killed_while_several_are_written(llm, expected, monkeypatch):
+def test_a_stage_is_killed_while_several_are_written(llm, alone, monkeypatch):
     answer, calls = llm.engine.answer, []
     def answer_and_kill(results):
         calls.append(results)
         if len(calls) in (10, 60): kill(llm, len(calls) % 3)
         return answer(results)
     monkeypatch.setattr(llm.engine, "answer", answer_and_kill)
-    assert llm.generate(PROMPTS, max_new_tokens=30, temperature=0) == expected
+    writes_as_one_process(llm, alone, PROMPTS)
+    assert len(calls) > 60
 
 
 def test_a_stage_that_always_dies_ends_it(llm, monkeypatch):
@@ -194,18 +199,15 @@ def test_a_stage_that_always_dies_ends_it(llm, monkeypatch):
     llm.engine.renew("")
 
 
-def test_a_node_is_lost(cluster, folder, alone, expected):
+def test_a_node_is_lost(cluster, folder, alone):
     node = cluster.add_node(**NODE)
     with open_llama(folder, alone) as llm:
         assert len(llm.engine.stages) == 3
-        stream, pieces = llm.stream(PROMPTS[0], max_new_tokens=30, temperature=0), []
-        for piece in stream:
-            pieces.append(piece)
-            if len(pieces) == 5: cluster.remove_node(node)
-        assert "".join(pieces) == expected[0] and len(llm.engine.stages) == 2
+        writes_as_one_process(llm, alone, PROMPTS[:1], after_five=lambda: cluster.remove_node(node))
+        assert len(llm.engine.stages) == 2
 
 
-def test_a_slow_stage(cluster, folder, alone, expected, monkeypatch):
+def test_a_slow_stage(cluster, folder, alone, monkeypatch):
     "It takes longer, and is the same; one that doesn't answer at all is named."
     class Slow(Stage):
         def run(self, x, *rest):
@@ -213,7 +215,7 @@ def test_a_slow_stage(cluster, folder, alone, expected, monkeypatch):
             return super().run(x, *rest)
     monkeypatch.setattr(pipeline, "Stage", Slow)
     with open_llama(folder, alone) as llm:
-        assert llm.generate(PROMPTS[:4], max_new_tokens=30, temperature=0) == expected[:4]
+        writes_as_one_process(llm, alone, PROMPTS[:4])
         llm.engine.patience = 1.5
         refuses(GenerationError, "no answer for 1.5 seconds", llm.generate, "My lord, the king is come", max_new_tokens=1)
         refuses(GenerationError, "blocks 3 to 4 on", llm.generate, "My lord, the king is come", max_new_tokens=1)
@@ -255,14 +257,14 @@ def test_another_block(cluster, swapped, alone):
     refuses(CheckpointError, f"{swapped / 'layers.3.tflite'}: not the file that the manifest lists", open_llama, swapped, alone)
 
 
-def test_a_node_without_the_path_fetches_once(cluster, folder, swapped, alone, expected, monkeypatch):
+def test_a_node_without_the_path_fetches_once(cluster, folder, swapped, alone, monkeypatch):
     monkeypatch.setattr(pipeline, "Stage", Apart)
     cache = pipeline.cache_folder() / "blocks"
     refuses(CheckpointError, "layers.3.tflite: not the file that the manifest lists", open_llama, swapped, alone)
     fetched, = cache.iterdir()
     assert not {"layers.3.tflite", "layers.4.tflite"} & set(os.listdir(fetched))
     with open_llama(folder, alone) as llm:
-        assert llm.generate(PROMPTS[0], max_new_tokens=30, temperature=0) == expected[0]
+        writes_as_one_process(llm, alone, PROMPTS[:1])
     fetched, = cache.iterdir()
     before = {path.name: path.stat().st_mtime_ns for path in fetched.iterdir()}
     assert sorted(before) == [*(f"layers.{layer}.tflite" for layer in range(5)), "rope.npy"]

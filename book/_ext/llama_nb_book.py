@@ -17,6 +17,7 @@ from pathlib import Path
 import nbformat
 from docutils import nodes
 from jupyter_cache import get_cache
+from jupyter_client.provisioning.local_provisioner import LocalProvisioner
 from myst_parser.mdit_to_docutils.sphinx_ import SphinxRenderer
 from myst_parser.parsers.mdit import create_md_parser
 from sphinx import addnodes
@@ -154,6 +155,17 @@ def configure(app, config):
     for listeners in app.events.listeners.values():  # thebe names a remote script on every page
         listeners[:] = [listener for listener in listeners if getattr(listener.handler, "__name__", "") not in ("init_thebe_core", "update_thebe_context")]
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    log_kernels(Path(app.outdir).parent / "kernels.log")
+
+
+def log_kernels(path):
+    "What kernels and their libraries print past the notebooks goes to a file, and not between the lines of the build."
+    path.parent.mkdir(parents=True, exist_ok=True)
+    log, launch = open(path, "wb"), LocalProvisioner.launch_kernel
+
+    async def launch_kernel(self, cmd, **options):
+        return await launch(self, cmd, **options | dict(stdout=log, stderr=log))
+    LocalProvisioner.launch_kernel = launch_kernel
 
 
 def read_everything(app, env, added, changed, removed):
