@@ -2,14 +2,18 @@
 
 What one machine can show: other targets for every compiler and library that looks at the CPU, one thread and two, and noise of one step
 in the rounding of the 8-bit engine's inputs. A verdict that any of this changes is one machine's, and must not be asserted.
-It takes the time of `make test` for each, and writes nothing into the checkout.
+It takes the time of `make test` for each, and writes nothing into the checkout. Where `qemu-x86_64` is installed, `emulated` converts bard
+and writes with it on two other models of CPU, 100 s for each conversion, and compares the logits with those computed here.
 """
+import json
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
+
+import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
 # (oneDNN below AVX-512 on a CPU that has it dies in bfloat16: TensorFlow asks the CPU, not oneDNN, what it can do. So it is left out instead.)
@@ -39,8 +43,32 @@ def run(name):
                    for command in (book, tests))
 
 
+def emulated(models=("SandyBridge", "Haswell")):
+    "Another CPU, instruction by instruction: how many of its conversions are further from this one's than rounding moves them."
+    from conftest import ROUNDING
+    from llama_nb.quantization import divergence
+    if not shutil.which("qemu-x86_64"):
+        return print("emulated: qemu-x86_64 is not installed (Debian: qemu-user)") or 0
+
+    def told(*command):
+        done = subprocess.run([*command, sys.executable, str(ROOT / "tests/another_cpu.py"), dtype], capture_output=True, text=True, check=True)
+        return json.loads(done.stdout.splitlines()[-1])
+    far = 0
+    for dtype in ("int8", "int4"):
+        here = told()
+        for model in models:
+            there, expected = told("qemu-x86_64", "-cpu", model), np.array(here["logits"])
+            found = np.array(there["logits"])
+            largest, moved = np.abs(found - expected).max(), divergence(expected[None], found[None])
+            print(f"{model} {dtype}: a logit moves by at most {largest:.2f}, divergence {moved:.5f}, {'the same' if here['text'] == there['text'] else 'another'} text")
+            far += largest > ROUNDING["largest"] or moved > ROUNDING["divergence"]
+    return far
+
+
 if __name__ == "__main__":
-    failed = {name: run(name) for name in sys.argv[1:2] or VARIANTS}
+    sys.path[:0] = [str(ROOT / "tests"), str(ROOT)]
+    names = sys.argv[1:2] or [*VARIANTS, "emulated"]
+    failed = {name: emulated() if name == "emulated" else run(name) for name in names}
     for name, count in failed.items():
         print(f"{name}: {'as everywhere' if not count else 'something differs (see above)'}")
     sys.exit(any(failed.values()))

@@ -94,7 +94,7 @@ def test_the_books_needs_are_not_the_packages():
 
 def test_import_is_light(elsewhere, tmp_path):
     code = f"import sys, llama_nb; print(sorted(set({NOT_FOR_USERS}) & set(sys.modules)), llama_nb.__file__)"
-    imported, file = run(elsewhere / "python", "-c", code, cwd=tmp_path).split()
+    imported, file = run(elsewhere / "python", "-I", "-c", code, cwd=tmp_path).split()
     assert imported == "[]" and str(elsewhere.parent) in file
 
 
