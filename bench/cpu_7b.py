@@ -25,10 +25,12 @@ from pathlib import Path
 import numpy as np
 
 import peers
-from llama_nb.checkpoint import SIZES, LlamaConfig, fetch
-from llama_nb.forms import open_checkpoint
-from llama_nb.engine import calibration_text
-from llama_nb.library import memory_reader, write_random_gguf
+from llama_nb.meta import config_from_params
+from llama_nb.checkpoint import SIZES, LlamaConfig
+from llama_nb.hub import fetch
+from llama_nb.hub import open_checkpoint
+from llama_nb.conversion import calibration_text
+from llama_nb.benchmark import memory_reader, write_random_gguf
 from machine import apart, command, cpu, missing, peak_memory, say, timed, usable_cores, version
 
 SMALL = "smollm2-135m-instruct"
@@ -68,7 +70,7 @@ def llama_nb(path, config, threads, context):
 
 
 def keras(path, config, threads, context):
-    "The Keras model in bfloat16: chapter 11's oracle."
+    "The Keras model in bfloat16: chapter 19's oracle."
     import llama_nb.generation
     import llama_nb.library
     yield
@@ -78,7 +80,7 @@ def keras(path, config, threads, context):
 
 def eight_at_once(engine):
     "Tokens a second of eight texts that grow together, over those of one."
-    from llama_nb.engine import Batch
+    from llama_nb.batching import Batch
 
     def rate(count):
         rng, batch = np.random.default_rng(0), Batch(engine, count, NEAR + NEW)
@@ -119,8 +121,8 @@ TEXTS = {
 
 def guessing(llm, prompt, answer):
     "Tokens a second with guesses from the text so far, over those without, where the model writes just this answer."
-    from llama_nb.engine import PromptLookup
-    from llama_nb.tokenizer import load_tokenizer
+    from llama_nb.batching import PromptLookup
+    from llama_nb.vocabularies import load_tokenizer
     tokenizer, most, decoder = load_tokenizer(fetch(SMALL, progress=False)), llm.config.vocab_size, llm.decoder
     prompt, ids = ([id % most for id in tokenizer.encode(text)] for text in (prompt, prompt + answer))
 
@@ -161,7 +163,7 @@ CONTENDERS = {
 def shape(name, layers):
     if name.startswith("SmolLM2"):
         return open_checkpoint(fetch(SMALL, progress=False)).config
-    return LlamaConfig.from_params(SIZES["7B"] | ({"n_layers": layers} if layers else {}), 32000)
+    return config_from_params(SIZES["7B"] | ({"n_layers": layers} if layers else {}), 32000)
 
 
 def bytes_per_token(contender, config, context):

@@ -15,7 +15,7 @@ import sys
 
 import numpy as np
 
-from llama_nb.library import read_bandwidth
+from llama_nb.benchmark import read_bandwidth
 from machine import apart, cpu, missing, timed, usable_cores
 
 MODEL = "smollm2-135m-instruct"
@@ -36,7 +36,7 @@ def transformers(threads):
     from transformers import AutoModelForCausalLM, DynamicCache
     from transformers.utils import logging
 
-    from llama_nb.checkpoint import fetch
+    from llama_nb.hub import fetch
     logging.disable_progress_bar()
     torch.set_num_threads(threads)
     path = fetch(MODEL, progress=False)
@@ -99,8 +99,8 @@ def run_worker(name, arguments, ids):
 
 def measure(arguments):
     from llama_nb.library import describe
-    from llama_nb.tokenizer import load_tokenizer
-    from llama_nb.checkpoint import fetch
+    from llama_nb.vocabularies import load_tokenizer
+    from llama_nb.hub import fetch
     about = describe(MODEL)
     ids = load_tokenizer(fetch(MODEL, progress=False)).encode(TEXT)
     ids = ids[:max(arguments.prompt, *arguments.contexts)]

@@ -64,7 +64,7 @@ def apart(script, call):
 
 def command(*arguments):
     "`llama-nb` with these arguments, in a process of its own."
-    done = subprocess.run([sys.executable, "-c", "import sys; from llama_nb.library import main; sys.exit(main())", *map(str, arguments)], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", "import sys; from llama_nb.cli import main; sys.exit(main())", *map(str, arguments)], capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(done.stderr.strip().splitlines()[-1])
 

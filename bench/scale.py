@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-from llama_nb.library import read_bandwidth
+from llama_nb.benchmark import read_bandwidth
 from machine import apart, command, cpu, missing, say, timed, usable_cores, version
 
 RESULTS, STAGES, COUNTS, NEW = "scale.jsonl", (0, 2, 4), (1, 4, 8), 32

@@ -4,7 +4,7 @@
     python bench/training.py speed                      # tokens/s of bard's training by llama_nb and by PyTorch; minutes
     python bench/training.py ablations                  # a GPT, bard, and bard with one part of a GPT each; half an hour to two for every one
 
-`ablations` trains models of the same size on the same windows of the same tokens in the same order, all in the way of chapter 12, and writes how each of them
+`ablations` trains models of the same size on the same windows of the same tokens in the same order, all in the way of chapter 23, and writes how each of them
 did to llama_nb/data/ablations.json, from which the chapter makes its table. What is done is kept; a run that was stopped goes on where it was.
 """
 import argparse
@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from llama_nb.library import read_bandwidth
+from llama_nb.benchmark import read_bandwidth
 from machine import apart, cpu, missing, timed, usable_cores
 
 LLAMA = dict(norm="RMSNorm", positions="RoPE", feed_forward="SwiGLU", biases=False, grouped=True)
@@ -113,7 +113,7 @@ def build_variant(config, parts, dtype="float32", initializer="zeros"):
 def ablations(arguments):
     "Trains them all, one after the other."
     from llama_nb.checkpoint import bard_folder
-    from llama_nb.tokenizer import load_tokenizer
+    from llama_nb.vocabularies import load_tokenizer
     from llama_nb.training import BARD, bits_per_byte, fetch_shakespeare, split_plays, train
     config = dataclasses.replace(BARD, dim=arguments.dim, n_layers=arguments.layers, context_length=arguments.context)
     config = dataclasses.replace(config, hidden_dim=8 * round(config.dim * 8 / 3 / 8))
@@ -146,7 +146,7 @@ def keras_step(threads, batch, dtype="float32", compiled=True):
     tf.config.threading.set_intra_op_parallelism_threads(threads)
     keras.config.set_dtype_policy(dtype)
     from llama_nb.checkpoint import bard_folder
-    from llama_nb.forms import open_checkpoint
+    from llama_nb.hub import open_checkpoint
     from llama_nb.model import build_model, load_weights
     from llama_nb.training import BARD, compile_for_training
     model = load_weights(build_model(BARD, dtype), open_checkpoint(bard_folder()))
@@ -211,7 +211,7 @@ def torch_step(threads, batch, compiled=False, half=False):
     import torch
 
     from llama_nb.checkpoint import bard_folder
-    from llama_nb.forms import open_checkpoint
+    from llama_nb.hub import open_checkpoint
     torch.set_num_threads(threads)
     checkpoint = open_checkpoint(bard_folder())
     model = torch_model(checkpoint.config, checkpoint.read)
@@ -251,7 +251,7 @@ def work(name, threads, batch, repeats):
 def speed(arguments):
     "Times the contenders in turn, each in a process of its own."
     from llama_nb.checkpoint import bard_folder
-    from llama_nb.tokenizer import load_tokenizer
+    from llama_nb.vocabularies import load_tokenizer
     from llama_nb.training import BARD, batches, encode_texts, fetch_shakespeare
     ids = encode_texts(load_tokenizer(bard_folder()), [fetch_shakespeare()["hamlet"]])
     batch = [part.numpy().tolist() for part in next(iter(batches(ids, BARD.context_length, arguments.batch)))]

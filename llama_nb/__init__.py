@@ -8,8 +8,8 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 _home = {
     "load": "library",
-    "load_tokenizer": "tokenizer",
-    "open_checkpoint": "forms",
+    "load_tokenizer": "vocabularies",
+    "open_checkpoint": "hub",
     "Llama": "generation",
     "LlamaConfig": "checkpoint",
     "Sampler": "sampling",

@@ -3,7 +3,7 @@
 # %% auto #0
 __all__ = ['split_heads', 'merge_heads', 'causal_scores', 'mix_values', 'Attention']
 
-# %% ../nbs/05_attention.ipynb #824dedfc
+# %% ../nbs/05_attention.ipynb #mv4d7ecc
 import keras
 from keras import ops
 
@@ -24,18 +24,24 @@ def merge_heads(x):
     return ops.reshape(x, (batch, length, heads * head_dim))
 
 # %% ../nbs/05_attention.ipynb #62e2c7d3
-def causal_scores(q, k, start=0, window=None):
-    """`q · k / sqrt(head_dim)` in float32, and -inf where a query would look ahead, or `window`
-    places back or more: (batch, heads, seq, places). q (batch, heads, seq, head_dim) stands at
-    the places `start`, `start + 1`, ...; k is (batch, kv_heads, places, head_dim)."""
+def causal_scores(q, k, start=0, window=None, mask=None, divisor=None):
+    """`q · k / sqrt(head_dim)` in float32, and -inf where a query may not look: (batch, heads, seq,
+    places).
+
+    q (batch, heads, seq, head_dim) is at the positions `start`, `start + 1`, ...; k is (batch,
+    kv_heads, places, head_dim). A query sees itself and what came before it, of that the last
+    `window` positions if given; or what `mask(queries, keys)` says, a function of positions
+    (seq, 1) and (places,). `divisor` replaces the root."""
     batch, heads, length, head_dim = ops.shape(q)
     kv_heads, places = ops.shape(k)[1:3]
     grouped = ops.reshape(q, (batch, kv_heads, heads // kv_heads, length, head_dim))
     scores = ops.einsum("bkgqd,bkpd->bkgqp", grouped, k)
     scores = ops.cast(ops.reshape(scores, (batch, heads, length, places)), "float32")
-    distance = start + ops.expand_dims(ops.arange(length), 1) - ops.arange(places)
-    visible = distance >= 0 if window is None else (distance >= 0) & (distance < window)
-    return ops.where(visible, scores * head_dim**-0.5, float("-inf"))
+    queries, keys = start + ops.expand_dims(ops.arange(length), 1), ops.arange(places)
+    visible = keys <= queries if mask is None else mask(queries, keys)
+    if window is not None: visible = visible & (queries - keys < window)
+    scale = head_dim**-0.5 if divisor is None else 1 / divisor
+    return ops.where(visible, scores * scale, float("-inf"))
 
 # %% ../nbs/05_attention.ipynb #b60239b5
 def mix_values(weights, v):
@@ -55,14 +61,16 @@ class Attention(keras.layers.Layer):
 
     `position(x, start=start)` turns queries and keys (batch, heads, seq, head_dim) by place.
     `cache.update(k, v, start)` keeps keys and values, and gives those of all places yet.
-    `window`: how many places a token sees, itself included; all without one."""
+    `window`: how many places a token sees, itself included; all without one.
+    `mask` and `divisor` replace the causal mask and sqrt(head_dim), as in `causal_scores`."""
 
     def __init__(self, n_heads: int, n_kv_heads: int, head_dim: int, position=None,
-                 initializer="glorot_uniform", window: int | None = None, **kwargs):
+                 initializer="glorot_uniform", window: int | None = None, mask=None,
+                 divisor: float | None = None, **kwargs):
         super().__init__(**kwargs)
         self.n_heads, self.n_kv_heads, self.head_dim = n_heads, n_kv_heads, head_dim
         self.position, self.initializer = position, keras.initializers.get(initializer)
-        self.window = window
+        self.window, self.mask, self.divisor = window, mask, divisor
 
     def build(self, input_shape):
         dim, options = input_shape[-1], (self.initializer, self.dtype_policy)
@@ -72,25 +80,37 @@ class Attention(keras.layers.Layer):
         self.wv = projection("wv", dim, kv_width, *options)
         self.wo = projection("wo", width, dim, *options)
 
-    def call(self, x, start=0, cache=None):
+    def call(self, x, start=0, cache=None, mask=None):
+        if mask is not None: raise ValueError(NO_PADDING.format(self.name))
         q = split_heads(self.wq(x), self.n_heads)
-        k, v = (split_heads(w(x), self.n_kv_heads) for w in (self.wk, self.wv))
+        k = split_heads(self.wk(x), self.n_kv_heads)
+        v = split_heads(self.wv(x), self.n_kv_heads)
         if self.position is not None:
             q, k = self.position(q, start=start), self.position(k, start=start)
-        q, k, v = (tap(f"{self.name}.{name}", z) for name, z in zip("qkv", (q, k, v)))
+        q, k, v = tap(f"{self.name}.q", q), tap(f"{self.name}.k", k), tap(f"{self.name}.v", v)
         if cache is not None:
             k, v = cache.update(k, v, start)
-        scores = tap(f"{self.name}.scores", causal_scores(q, k, start, self.window))
+        scores = causal_scores(q, k, start, self.window, self.mask, self.divisor)
+        scores = tap(f"{self.name}.scores", scores)
         weights = tap(f"{self.name}.weights", ops.softmax(scores, axis=-1))
         mixed = mix_values(ops.cast(weights, self.compute_dtype), v)
         return tap(self.name, self.wo(merge_heads(mixed)))
 
+    def compute_output_shape(self, input_shape):
+        return input_shape
+
     def get_config(self):
-        names = "n_heads", "n_kv_heads", "head_dim", "position", "initializer", "window"
+        names = "n_heads", "n_kv_heads", "head_dim", "position", "initializer", "window", "mask"
         serialize = keras.saving.serialize_keras_object
-        return super().get_config() | {name: serialize(getattr(self, name)) for name in names}
+        config = {name: serialize(getattr(self, name)) for name in names}
+        return super().get_config() | config | dict(divisor=self.divisor)
 
     @classmethod
     def from_config(cls, config):
-        position = keras.saving.deserialize_keras_object(config["position"])
-        return cls(**config | dict(position=position))
+        parts = {name: keras.saving.deserialize_keras_object(config[name])
+                 for name in ("position", "mask")}
+        return cls(**config | parts)
+
+# %% ../nbs/05_attention.ipynb #mv05ebce
+NO_PADDING = ("{}: a mask of padding arrived, and it is not applied here; put padding behind the "
+              "text, where the causal mask hides it from every token")

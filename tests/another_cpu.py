@@ -10,7 +10,7 @@ os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
 os.environ["LLAMA_NB_CACHE"] = os.environ["NUMBA_CACHE_DIR"] = tempfile.mkdtemp()
 
 from llama_nb.checkpoint import bard_folder
-from llama_nb.engine import convert
+from llama_nb.conversion import convert
 from llama_nb.library import load
 
 begin = time.perf_counter()

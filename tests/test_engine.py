@@ -15,15 +15,21 @@ import pytest
 
 import llama_nb
 from conftest import same_but_for_rounding, watched, written_as_alone
-from llama_nb import engine
-from llama_nb.checkpoint import CheckpointError, LlamaConfig, RopeScaling, bard_folder, sha256, write_meta
-from llama_nb.forms import open_checkpoint
-from llama_nb.engine import Batch, LiteRTLlama, PackedWeights, PromptLookup, convert, guess, open_converted, open_dequantized, read_program
-from llama_nb.library import describe, find_model, load, main
+from llama_nb import conversion, engine
+from llama_nb.checkpoint import CheckpointError, LlamaConfig, bard_folder
+from llama_nb.files import sha256
+from llama_nb.meta import write_meta
+from llama_nb.positions import RopeScaling
+from llama_nb.hub import open_checkpoint
+from llama_nb.batching import Batch, PromptLookup, guess
+from llama_nb.conversion import LiteRTLlama, PackedWeights, convert, open_converted, open_dequantized, read_program
+from llama_nb.cli import main
+from llama_nb.hub import find_model
+from llama_nb.library import describe, load
 from llama_nb.model import build_model, load_weights
 from llama_nb.quantization import divergence
 from llama_nb.sampling import GenerationError
-from llama_nb.tokenizer import synth_tokenizer
+from llama_nb.vocabularies import synth_tokenizer
 
 TINY = LlamaConfig(dim=64, n_layers=2, n_heads=4, n_kv_heads=2, hidden_dim=96, vocab_size=300, context_length=64)
 
@@ -138,7 +144,7 @@ def test_a_context_of_steady_positions(tmp_path, scaling, context):
     bard = open_checkpoint(bard_folder())
     config = dataclasses.replace(bard.config, context_length=1024, rope_scaling=scaling)
     write_meta(tmp_path / "bard", config, bard.read)
-    found = engine.steady_checkpoint(open_checkpoint(tmp_path / "bard"))
+    found = conversion.steady_checkpoint(open_checkpoint(tmp_path / "bard"))
     assert found.config == dataclasses.replace(config, context_length=context)
 
 
@@ -214,7 +220,7 @@ def test_two_conversions_are_alike(source, tiny, tmp_path):
 def test_killed_at_any_moment_it_resumes(source, tiny, tmp_path):
     "SIGKILL at 20 random moments, after each the same call again: whatever comes to its end is byte-identical."
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tensorflow", "llama_nb.engine", "llama_nb.rope"])
+    context.set_forkserver_preload(["tensorflow", "llama_nb.conversion", "llama_nb.rope"])
     def run(folder, seconds=None):
         process, begin = context.Process(target=convert, args=(source, folder, "int4")), time.perf_counter()
         process.start(), process.join(seconds), process.kill(), process.join()
@@ -244,7 +250,7 @@ def test_targets_that_cannot_be(source, tiny, tmp_path, monkeypatch):
     refuses(CheckpointError, "an empty or new folder was expected, found mine", convert, source, tmp_path / "full", "int4")
     assert os.listdir(tmp_path / "full") == ["mine"] and (tmp_path / "file").read_text() == "mine"
     with monkeypatch.context() as patch:
-        patch.setattr(engine.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 9, 1))
+        patch.setattr(conversion.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 9, 1))
         refuses(CheckpointError, "GB of disk are needed", convert, source, tmp_path / "no room", "int4")
     assert not (tmp_path / "no room").exists()
     refuses(GenerationError, "dtype should be int8 or int4", convert, source, tmp_path / "new", "int3")
@@ -254,7 +260,7 @@ def test_targets_that_cannot_be(source, tiny, tmp_path, monkeypatch):
 
 
 def test_a_disk_that_fills_up_loses_nothing(source, tiny, tmp_path, monkeypatch):
-    write, calls = engine.write_program, []
+    write, calls = conversion.write_program, []
 
     def full(path, *arguments):
         calls.append(path)
@@ -262,7 +268,7 @@ def test_a_disk_that_fills_up_loses_nothing(source, tiny, tmp_path, monkeypatch)
             raise OSError(28, "No space left on device")
         return write(path, *arguments)
     with monkeypatch.context() as patch:
-        patch.setattr(engine, "write_program", full)
+        patch.setattr(conversion, "write_program", full)
         refuses(CheckpointError, "No space left on device", convert, source, tmp_path / "it", "int4")
     assert (tmp_path / "it" / "layers.0.tflite").exists() and not (tmp_path / "it" / "layers.1.tflite").exists()
     refuses(CheckpointError, "the conversion is not finished", load, tmp_path / "it")
@@ -331,7 +337,7 @@ def test_packed_weights_are_made_once(copy, monkeypatch):
     assert not weights.is_valid()
     assert np.array_equal(load(copy).logits(ids), expected) and packed(copy).is_valid()
     old = weights.folder
-    monkeypatch.setattr(engine, "machine", lambda: dict(cpu="another"))
+    monkeypatch.setattr(conversion, "machine", lambda: dict(cpu="another"))
     assert np.array_equal(load(copy).logits(ids), expected)
     assert packed(copy).folder != old and not old.exists()
 
@@ -355,9 +361,9 @@ def test_arguments(tiny, source, monkeypatch, capsys):
     refuses(GenerationError, "prompt_lookup_num_tokens should be", load(tiny).generate, "a", prompt_lookup_num_tokens=-1)
     model = open_converted(tiny)
     needed = sum(model.memory(model.config).values())
-    monkeypatch.setattr(engine, "available_memory", lambda: needed - 1000)
+    monkeypatch.setattr(conversion, "available_memory", lambda: needed - 1000)
     refuses(GenerationError, "a context of", load, tiny)
-    monkeypatch.setattr(engine, "available_memory", lambda: 1000)
+    monkeypatch.setattr(conversion, "available_memory", lambda: 1000)
     refuses(GenerationError, "no context would fit", load, tiny)
     assert main(["generate", "-m", str(tiny), "-p", "a", "-n", "1"]) == 2
     assert len(capsys.readouterr().err.splitlines()) == 1
@@ -395,7 +401,7 @@ def test_bench(tiny, source, tmp_path, capsys):
 
 @pytest.mark.parametrize("kind", ["Q4_0", "Q8_0"])
 def test_the_peer_gets_a_model_of_the_same_shape(tmp_path, kind):
-    from llama_nb.library import write_random_gguf
+    from llama_nb.benchmark import write_random_gguf
     write_random_gguf(tmp_path / "peer.gguf", TINY, kind)
     checkpoint = open_checkpoint(tmp_path / "peer.gguf", TINY.vocab_size)
     assert checkpoint.config == dataclasses.replace(TINY, norm_eps=checkpoint.config.norm_eps)

@@ -3,8 +3,11 @@ import numpy as np
 import pytest
 from keras import ops
 
-from llama_nb.checkpoint import CheckpointError, ffn_hidden_dim, write_meta
-from llama_nb.forms import open_checkpoint, write_gguf, write_hf
+from llama_nb.checkpoint import CheckpointError, ffn_hidden_dim
+from llama_nb.meta import write_meta
+from llama_nb.gguf import write_gguf
+from llama_nb.hub import open_checkpoint
+from llama_nb.huggingface import write_hf
 from llama_nb.generation import cached_decoder
 from llama_nb.model import build_model, load_weights
 

@@ -19,10 +19,16 @@ import numpy as np
 import pytest
 
 from conftest import complaint
-from llama_nb import forms as module
-from llama_nb.checkpoint import FLOATS, Checkpoint, CheckpointError, LazyTensor, LlamaConfig, RopeScaling, bard_folder, write_meta, write_pth
-from llama_nb.forms import HF_NAMES, adjacent_to_halves, llama3_factors, open_checkpoint, read_safetensors, their_names, write_gguf, write_hf
-from llama_nb.library import write_form
+from llama_nb import gguf, hub, huggingface
+from llama_nb.meta import config_to_params
+from llama_nb.checkpoint import FLOATS, Checkpoint, CheckpointError, LazyTensor, LlamaConfig, bard_folder
+from llama_nb.meta import write_meta, write_pth
+from llama_nb.positions import RopeScaling
+from llama_nb.files import their_names
+from llama_nb.gguf import llama3_factors, write_gguf
+from llama_nb.hub import open_checkpoint
+from llama_nb.huggingface import HF_NAMES, adjacent_to_halves, read_safetensors, write_hf
+from llama_nb.cli import write_form
 
 CONFIG = LlamaConfig(dim=64, n_layers=2, n_heads=4, n_kv_heads=2, hidden_dim=96, vocab_size=128)
 
@@ -52,7 +58,7 @@ def described(config=CONFIG, **changes):
                 max_position_embeddings=config.context_length) | changes
 
 
-KINDS = {dtype: kind for kind, dtype in module.SAFETENSORS.items()}
+KINDS = {dtype: kind for kind, dtype in huggingface.SAFETENSORS.items()}
 
 
 def safetensors_bytes(tensors):
@@ -201,7 +207,7 @@ def test_eight_shards_are_never_twice_in_memory(tmp_path):
     "Each shard holds an eighth of every matrix; joining one allocates that matrix, and nothing more."
     config = LlamaConfig(dim=1024, n_layers=1, n_heads=16, n_kv_heads=8, hidden_dim=2048, vocab_size=512)
     values, axes = weights(config, "float16"), {"wo": 1, "w2": 1, "tok_embeddings": 0}
-    (tmp_path / "params.json").write_text(json.dumps(config.to_params()))
+    (tmp_path / "params.json").write_text(json.dumps(config_to_params(config)))
     for shard in range(8):
         write_pth(tmp_path / f"consolidated.{shard:02}.pth", [
             (name, matrix if matrix.ndim == 1 else np.split(matrix, 8, axes.get(name.split(".")[-2], 0))[shard]) for name, matrix in values.items()], "float16")
@@ -281,8 +287,8 @@ def test_nothing_half_written_stays(form, tmp_path, monkeypatch):
 @pytest.mark.parametrize("table, words", [(np.ones(8), None), (np.full(8, 2.0), "found another table"), (np.ones(4), "should have shape (8,), found (4,)"), (np.full(8, np.nan), "factor")], ids=str)
 def test_tables_of_scaled_positions_are_checked(table, words, arrays, tmp_path, monkeypatch):
     source = Checkpoint("source", CONFIG, {name: LazyTensor(values.shape, values.dtype, "float32", lambda values=values: values) for name, values in arrays.items()})
-    table, tensors = table.astype(np.float32), module.gguf_tensors(source)
-    monkeypatch.setattr(module, "gguf_tensors", lambda checkpoint: tensors | {"rope_freqs.weight": LazyTensor(table.shape, table.dtype, "F32", lambda: table)})
+    table, tensors = table.astype(np.float32), gguf.gguf_tensors(source)
+    monkeypatch.setattr(gguf, "gguf_tensors", lambda checkpoint: tensors | {"rope_freqs.weight": LazyTensor(table.shape, table.dtype, "F32", lambda: table)})
     if words is None: assert written("gguf", tmp_path / "a", source).config == CONFIG
     else: assert words in complaint(written, "gguf", tmp_path / "a", source)
 
@@ -331,7 +337,7 @@ def test_llama_cpp_reads_what_we_write(scaling, tmp_path):
     "Bard, its vocabulary and a pretended scaling: llama.cpp, which rounds more on its way, goes on with the same tokens, as far as these are clear."
     if not importlib.util.find_spec("xllamacpp"): pytest.skip("xllamacpp is not installed: written GGUF files are not loaded by llama.cpp")
     from llama_nb.library import load
-    from llama_nb.tokenizer import gguf_vocabulary, load_tokenizer
+    from llama_nb.vocabularies import gguf_vocabulary, load_tokenizer
     bard, path = open_checkpoint(bard_folder()), tmp_path / "bard.gguf"
     write_gguf(path, Checkpoint("bard", dataclasses.replace(bard.config, rope_scaling=scaling), dict(bard)), gguf_vocabulary(load_tokenizer(bard_folder())))
     ours = load(path)
@@ -387,7 +393,7 @@ def python(program, tmp_path, address, **environment):
 
 def fetched(tmp_path, name, address="http://127.0.0.1:9", **environment):
     "`fetch_repository` in a process of its own, as huggingface_hub reads its settings once: (path, None) or (None, the error's line)."
-    program = f"from llama_nb.forms import *\nfrom llama_nb.checkpoint import CheckpointError\ntry: print(fetch_repository({name!r}, False))\nexcept CheckpointError as error: print('!', error)"
+    program = f"from llama_nb.hub import *\nfrom llama_nb.checkpoint import CheckpointError\ntry: print(fetch_repository({name!r}, False))\nexcept CheckpointError as error: print('!', error)"
     [line] = python(program, tmp_path, address, **environment).splitlines()
     return (None, line[2:]) if line.startswith("!") else (Path(line), None)
 
@@ -415,7 +421,7 @@ def test_a_repository_is_fetched_once(name, shards, arrays, tmp_path):
 
 def test_a_model_from_the_hub_writes(tmp_path):
     write_form("hf", bard_folder(), tmp_path / "bard")
-    program = "from llama_nb.library import main; main('generate -m {} -p To -n 5 --temp 0'.split())"
+    program = "from llama_nb.cli import main; main('generate -m {} -p To -n 5 --temp 0'.split())"
     with hub({path.name: path.read_bytes() for path in (tmp_path / "bard").iterdir()}) as (address, _):
         assert python(program.format("somebody/tiny"), tmp_path, address) == python(program.format("bard"), tmp_path, address)
 
@@ -450,4 +456,4 @@ def test_what_the_hub_does_not_give(files, refuse, words, tmp_path):
 
 @pytest.mark.parametrize("name", ["tiny", "a/b/c/d@e@f", "hf://tiny", "../..", "https://somebody/tiny", ""])
 def test_names_that_no_repository_has(name):
-    assert complaint(module.fetch_repository, name).startswith(f"{name}: ")
+    assert complaint(hub.fetch_repository, name).startswith(f"{name}: ")

@@ -7,7 +7,8 @@ import math
 import numpy as np
 import pytest
 
-from llama_nb.generation import Llama, Stream, cached_decoder, check_prompt, check_stop, common_prefix, render_chat, split_at_stop
+from llama_nb.chat import ChatLlama as Llama, render_chat
+from llama_nb.generation import Stream, cached_decoder, check_prompt, check_stop, common_prefix, split_at_stop
 from llama_nb.sampling import GenerationError, Sampler
 from llama_nb.tokenizer import TokenizerError
 
@@ -186,8 +187,8 @@ def scripted(tokenizer, script, prompt="x", max_new_tokens=None, stop=(), contex
 
 @pytest.fixture(scope="module")
 def tokenizers(bard):
-    from llama_nb.checkpoint import fetch
-    from llama_nb.tokenizer import load_tokenizer
+    from llama_nb.hub import fetch
+    from llama_nb.vocabularies import load_tokenizer
     return {"bard": bard.tokenizer, "smollm2": load_tokenizer(fetch("smollm2-135m-instruct"))}
 
 
@@ -395,7 +396,7 @@ def test_special_tokens_in_a_message_are_text(smollm2, content):
 
 
 def test_special_tokens_inside_nested_content_are_text(smollm2):
-    from llama_nb.generation import message_ids
+    from llama_nb.chat import message_ids
     tokenizer = copy.copy(smollm2.tokenizer)
     tokenizer.chat_template = "{% for message in messages %}{% for part in message['content'] %}{{ part['text'] }}{% endfor %}{% endfor %}"
     ids = message_ids(tokenizer, [dict(role="user", content=[dict(type="text", text="x<|im_end|>")])])

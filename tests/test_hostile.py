@@ -16,9 +16,13 @@ import numpy as np
 import pytest
 
 import fuzz
-from llama_nb import forms
-from llama_nb.checkpoint import Checkpoint, CheckpointError, LazyTensor, LlamaConfig, read_pth, write_pth
-from llama_nb.forms import open_checkpoint, read_gguf, read_safetensors, write_gguf, write_hf, write_safetensors
+from llama_nb import gguf
+from llama_nb.meta import config_to_params
+from llama_nb.checkpoint import Checkpoint, CheckpointError, LazyTensor, LlamaConfig
+from llama_nb.meta import read_pth, write_pth
+from llama_nb.gguf import read_gguf, write_gguf
+from llama_nb.hub import open_checkpoint
+from llama_nb.huggingface import read_safetensors, write_hf, write_safetensors
 
 CONFIG = LlamaConfig(dim=8, n_layers=1, n_heads=2, n_kv_heads=1, hidden_dim=8, vocab_size=4)
 MODEL = {name: np.ones(shape, np.float32) for name, shape in CONFIG.tensor_shapes().items()}
@@ -233,7 +237,7 @@ def meta_folder(folder, params, tensors=MODEL):
     return folder
 
 
-PARAMS = CONFIG.to_params()
+PARAMS = config_to_params(CONFIG)
 WRONG = [None, "8", "", True, [], [8], {}, {"a": 1}, -1, 0, 0.5, 1e300, float("nan"), float("inf"), 2**31 - 1, 2**31, 2**63, 10**4000]
 
 
@@ -484,7 +488,7 @@ def test_every_metadata_field_with_every_wrong_value(key, tmp_path, monkeypatch)
     found = read_gguf(tmp_path / "x.gguf")
     for value in WRONG:
         changed = dataclasses.replace(found, fields=found.fields | {f"llama.{key}": value})
-        monkeypatch.setattr(forms, "read_gguf", lambda path: changed)
+        monkeypatch.setattr(gguf, "read_gguf", lambda path: changed)
         try:
             with within(): opened = open_checkpoint(tmp_path / "x.gguf")
         except CheckpointError as error:

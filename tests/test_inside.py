@@ -1,5 +1,5 @@
 """Looking inside: what a trace shows is what the model computes, replacing nothing changes nothing, and the live part of
-chapter 13 works in a browser, from a file."""
+chapter 25 works in a browser, from a file."""
 import json
 
 import numpy as np
@@ -109,7 +109,7 @@ def test_only_the_keras_model_can_be_looked_into(bard):
 
 # The live part of the chapter
 
-CHAPTER = HTML / "nbs/13_inside.html"
+CHAPTER = HTML / "nbs/25_inside.html"
 built = pytest.mark.skipif(not CHAPTER.exists(), reason="the book has not been built: `make book`")
 
 

@@ -6,7 +6,7 @@ from keras import ops
 
 from llama_nb.attention import Attention
 from llama_nb.block import Block, FeedForward, RMSNorm
-from llama_nb.embedding import listening
+from llama_nb.block import listening
 
 DTYPES = ["float32", "bfloat16"]
 TOLERANCE = {"float32": 1e-5, "bfloat16": 0.05}    # of values about 1; bfloat16 has 8 significant bits, 1/256 of a value

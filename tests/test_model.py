@@ -10,9 +10,9 @@ import pytest
 from keras import ops
 
 from llama_nb.checkpoint import CheckpointError, LazyTensor, LlamaConfig
-from llama_nb.forms import open_checkpoint
+from llama_nb.hub import open_checkpoint
 from llama_nb.model import build_model, forward, load_weights, model_layers, read_weight, weight_variables
-from llama_nb.forms import adjacent_to_halves
+from llama_nb.huggingface import adjacent_to_halves
 
 PARITY = pytest.mark.skipif(not (importlib.util.find_spec("torch") and importlib.util.find_spec("transformers")), reason="live parity needs the extra [parity]")
 VERSES = "If it were done when 'tis done, then 'twere well\nIt were done quickly: if the assassination\nCould trammel up the consequence, and catch\nWith his surcease success;"

@@ -18,7 +18,7 @@ from ray.cluster_utils import Cluster
 from conftest import same_but_for_rounding, watched, written_as_alone
 from llama_nb import pipeline
 from llama_nb.checkpoint import CheckpointError, bard_folder
-from llama_nb.engine import convert, open_converted
+from llama_nb.conversion import convert, open_converted
 from llama_nb.library import load
 from llama_nb.pipeline import Pipeline, RayLlama, Stage, connect, split_blocks
 from llama_nb.sampling import GenerationError
@@ -223,7 +223,7 @@ def test_a_slow_stage(cluster, folder, alone, monkeypatch):
 
 @pytest.mark.parametrize("end, code", [(signal.SIGINT, 130), (signal.SIGKILL, -signal.SIGKILL)])
 def test_the_driver_is_interrupted(cluster, folder, end, code):
-    command = "import sys; from llama_nb.library import main; sys.exit(main(sys.argv[1:]))"
+    command = "import sys; from llama_nb.cli import main; sys.exit(main(sys.argv[1:]))"
     before = alive()
     arguments = ["generate", "-m", str(folder), "--ray", cluster.address, "-p", "My lord,", "-n", "250", "--temp", "0"]
     driver = subprocess.Popen([sys.executable, "-c", command, *arguments], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from llama_nb.checkpoint import bard_folder
-from llama_nb.forms import open_checkpoint
-from llama_nb.quantization import (BLOCK, Quantized, agreement, divergence, held_out_text, log_softmax, measure_importance, pack_int4, perplexity, quantize,
-                                   quantize_tensor, quantized, storable, unpack_int4, watch_blocks)
+from llama_nb.hub import open_checkpoint
+from llama_nb.quantization import (BLOCK, Quantized, agreement, divergence, held_out_text, log_softmax, measure_importance, pack_int4, perplexity,
+                                   quantize, quantize_tensor, quantized, storable, unpack_int4, watch_blocks)
 
 
 def random_matrix(shape, seed=0, scale=0.02):
@@ -158,7 +158,7 @@ def importance(checkpoint, bard):
 
 def test_blocks_are_watched_as_the_whole_model_runs(checkpoint, bard):
     import keras
-    from llama_nb.embedding import listening
+    from llama_nb.block import listening
     ids, heard = bard.tokenizer.encode("When shall we three meet again?"), {}
     watched = dict(watch_blocks(checkpoint, ids))
     with listening(lambda name, value: heard.setdefault(name, value)):

@@ -4,9 +4,14 @@ import numpy as np
 import pytest
 from keras import ops
 
-from llama_nb.forms import adjacent_to_halves, halves_to_adjacent
-from llama_nb.checkpoint import RopeScaling
-from llama_nb.rope import RotaryEmbedding, rope_frequencies, rope_tables, steady_length
+from llama_nb.huggingface import adjacent_to_halves, halves_to_adjacent
+from llama_nb.positions import RopeScaling
+from llama_nb.rope import RotaryEmbedding, rope_frequencies, rope_tables
+
+
+def scaled_frequencies(head_dim, theta=10000.0, scaling=None, length=None):
+    frequencies = rope_frequencies(head_dim, theta)
+    return frequencies if scaling is None else scaling(frequencies, length)[0]
 
 
 def turn_complex(x, start, theta):
@@ -89,7 +94,7 @@ def test_config_round_trip(scaling):
 @pytest.mark.parametrize("start, length", [(0, 1), (0, 16), (0, 17), (0, 31), (15, 1), (16, 1), (9, 22)])
 def test_a_scaled_layer_turns_by_the_scaled_speeds(scaling, start, length):
     x = random(1, 2, length, 64)
-    pairs = (x[..., 0::2] + 1j * x[..., 1::2]) * np.exp(1j * np.outer(start + np.arange(length), rope_frequencies(64, 500.0, scaling, start + length)))
+    pairs = (x[..., 0::2] + 1j * x[..., 1::2]) * np.exp(1j * np.outer(start + np.arange(length), scaled_frequencies(64, 500.0, scaling, start + length)))
     expected = np.stack([pairs.real, pairs.imag], axis=-1).reshape(x.shape)
     np.testing.assert_allclose(RotaryEmbedding(64, 32, 500.0, scaling)(x, start=start), expected, atol=2e-6)
 
@@ -104,9 +109,9 @@ def test_dynamic_speeds_are_compiled_once():
 
 
 def test_only_dynamic_speeds_follow_the_length():
-    assert [steady_length(scaling) for scaling in (None, *SCALINGS.values())] == [None, None, 16, None, None]
+    assert [scaling.steady_length for scaling in SCALINGS.values()] == [None, 16, None, None]
     for name, scaling in SCALINGS.items():
-        short, trained, long = (rope_frequencies(64, scaling=scaling, length=length) for length in (3, 16, 100))
+        short, trained, long = (scaled_frequencies(64, scaling=scaling, length=length) for length in (3, 16, 100))
         assert np.array_equal(short, trained) and np.array_equal(trained, long) == (name != "dynamic")
 
 
@@ -147,7 +152,7 @@ def test_scaled_speeds_are_those_of_transformers(scaling, head_dim, theta, lengt
         fields |= dict(low_freq_factor=scaling.low_freq_factor, high_freq_factor=scaling.high_freq_factor, original_max_position_embeddings=scaling.original_context_length)
     config = transformers.LlamaConfig(hidden_size=4 * head_dim, num_attention_heads=4, max_position_embeddings=8192, rope_parameters=fields)
     expected, attention_factor = ROPE_INIT_FUNCTIONS[scaling.kind](config, seq_len=length)
-    found = rope_frequencies(head_dim, theta, scaling, length)
+    found = scaled_frequencies(head_dim, theta, scaling, length)
     np.testing.assert_allclose(found, expected, atol=1e-6, rtol=0)
     np.testing.assert_allclose(found, expected, rtol=1e-5)
     assert attention_factor == 1
@@ -162,4 +167,4 @@ def test_llama_3_1_by_the_code_of_its_makers():
         smooth = (trained / wavelength - low) / (high - low)
         return (1 - smooth) * speed / factor + smooth * speed
     expected = [scaled(speed) for speed in rope_frequencies(128, 500000.0)]
-    np.testing.assert_allclose(rope_frequencies(128, 500000.0, RopeScaling("llama3", 8.0, 8192)), expected, rtol=1e-14)
+    np.testing.assert_allclose(scaled_frequencies(128, 500000.0, RopeScaling("llama3", 8.0, 8192)), expected, rtol=1e-14)

@@ -16,15 +16,17 @@ import keras
 import numpy as np
 import pytest
 
-from llama_nb import library, scale
-from llama_nb.checkpoint import SIZES, LazyTensor, LlamaConfig, bard_folder, join_shards, write_meta, write_pth
-from llama_nb.forms import open_checkpoint
-from llama_nb.library import main
+from llama_nb import library, mesh, scale
+from llama_nb.meta import config_from_params
+from llama_nb.checkpoint import SIZES, LazyTensor, LlamaConfig, bard_folder
+from llama_nb.meta import join_shards, write_meta, write_pth
+from llama_nb.hub import open_checkpoint
+from llama_nb.cli import main
 from llama_nb.sampling import GenerationError
-from llama_nb.tokenizer import synth_tokenizer
+from llama_nb.vocabularies import synth_tokenizer
 
 needs_jax = pytest.mark.skipif(importlib.util.find_spec("jax") is None, reason="jax is not installed: pip install 'llama_nb[scale]'")
-LLAMA_NB = [sys.executable, "-c", "import sys; from llama_nb.library import main; sys.exit(main())"]
+LLAMA_NB = [sys.executable, "-c", "import sys; from llama_nb.cli import main; sys.exit(main())"]
 ALL_DIVIDES = LlamaConfig(dim=128, n_layers=2, n_heads=8, n_kv_heads=8, hidden_dim=384, vocab_size=4096, context_length=64)
 MESHES = {"bard": ["8", "4", "1"], "sharded": ["8", "1"]}
 IDS = list(range(300, 340))
@@ -203,16 +205,16 @@ def device_mesh(devices):
 def test_a_mesh_that_divides_nothing_is_one_line(devices):
     wanted = f"mesh should divide one of vocab_size 4096, n_heads 8, n_kv_heads 8, hidden_dim 128; found {devices} devices, which divide none"
     with pytest.raises(GenerationError, match=re.escape(wanted)):
-        scale.layout_map(dataclasses.replace(ALL_DIVIDES, hidden_dim=128), device_mesh(devices))
+        mesh.layout_map(dataclasses.replace(ALL_DIVIDES, hidden_dim=128), device_mesh(devices))
 
 
 def test_a_large_variable_without_a_rule_is_an_error():
-    layout, config = scale.layout_map(ALL_DIVIDES, device_mesh(8)), dataclasses.replace(ALL_DIVIDES, n_layers=1)
-    model = scale.build_model(config)
-    scale.check_layout(model.variables, layout)
-    scale.check_layout([keras.Variable(np.zeros((500, 500), "float32"), name="small")], layout)
+    layout, config = mesh.layout_map(ALL_DIVIDES, device_mesh(8)), dataclasses.replace(ALL_DIVIDES, n_layers=1)
+    model = mesh.build_model(config)
+    mesh.check_layout(model.variables, layout)
+    mesh.check_layout([keras.Variable(np.zeros((500, 500), "float32"), name="small")], layout)
     with pytest.raises(GenerationError, match="variable adapter of 1.0 MB: no rule of the layout names it"):
-        scale.check_layout([*model.variables, keras.Variable(np.zeros((512, 512), "float32"), name="adapter")], layout)
+        mesh.check_layout([*model.variables, keras.Variable(np.zeros((512, 512), "float32"), name="adapter")], layout)
 
 
 @pytest.mark.parametrize("axis", [0, 1])
@@ -225,7 +227,7 @@ def test_a_part_is_read_from_the_files_that_hold_it(axis, count):
         def __init__(self, number): self.number, self.shape = number, pieces[number].shape
         def __getitem__(self, index): touched.append(self.number); return pieces[self.number][index]
     slices = [LazyTensor(piece.shape, piece.dtype, "float32", lambda number=number: Watched(number)) for number, piece in enumerate(pieces)]
-    read = scale.part_reader(join_shards("name", slices, whole.shape))
+    read = mesh.part_reader(join_shards("name", slices, whole.shape))
     for cut in range(8):
         for index in ((slice(2 * cut, 2 * cut + 2), slice(None)), (slice(None), slice(3 * cut, 3 * cut + 3)), (slice(None), slice(None))):
             touched.clear()
@@ -239,7 +241,7 @@ def test_a_part_is_read_from_the_files_that_hold_it(axis, count):
 
 @pytest.mark.parametrize("mesh, found", [("8", (1, 8)), (8, (1, 8)), ("2x4", (2, 4)), ("16x1", (16, 1))])
 def test_mesh_is_devices_or_processes_and_devices(mesh, found):
-    assert scale.parse_mesh(mesh) == found
+    assert mesh.parse_mesh(mesh) == found
 
 
 @pytest.mark.parametrize("options, line", [
@@ -272,38 +274,38 @@ def test_without_jax_the_line_says_what_to_install(capsys, monkeypatch):
 def test_a_coordinator_that_does_not_answer_is_one_line_in_time():
     begin, address = time.monotonic(), free_address()
     with pytest.raises(GenerationError, match=f"coordinator {address} should answer, found: .*refused"):
-        scale.meet(address, 2, 1, patience=1)
+        mesh.meet(address, 2, 1, patience=1)
     assert time.monotonic() - begin < 10
 
 
 @pytest.mark.parametrize("host", ["no-such-host.invalid"])
 def test_a_coordinator_without_an_address_is_one_line_in_time(host):
     with pytest.raises(GenerationError, match=f"coordinator {host}:1 should answer, found: "):
-        scale.meet(f"{host}:1", 2, 1, patience=1)
+        mesh.meet(f"{host}:1", 2, 1, patience=1)
 
 
 def test_a_coordinator_whose_port_is_taken_is_one_line():
     with socket.create_server(("", 0)) as taken:
         address = f"127.0.0.1:{taken.getsockname()[1]}"
         with pytest.raises(GenerationError, match=f"coordinator {address} should be an address to listen at, found: .*in use"):
-            scale.meet(address, 2, 0, patience=1)
+            mesh.meet(address, 2, 0, patience=1)
 
 
 def test_processes_that_do_not_come_are_one_line_in_time():
     "A stranger at the door, and a process that came twice, don't count."
     address = free_address()
     def knock(text):
-        with scale.reach(("127.0.0.1", int(address.split(":")[1])), text, time.monotonic() + 5): time.sleep(1.5)
+        with mesh.reach(("127.0.0.1", int(address.split(":")[1])), text, time.monotonic() + 5): time.sleep(1.5)
     guests = [threading.Thread(target=knock, args=(text,)) for text in ("hello", 7, 1, 1)]
     for guest in guests: guest.start()
     with pytest.raises(GenerationError, match=f"coordinator {address}: 3 processes should meet here within 2 s, found 2"):
-        scale.meet(address, 3, 0, patience=2)
+        mesh.meet(address, 3, 0, patience=2)
     for guest in guests: guest.join()
 
 
 def test_a_party_shares_what_process_0_says():
     address, found = free_address(), {}
-    def join(process): found[process] = scale.meet(address, 3, process, patience=20)
+    def join(process): found[process] = mesh.meet(address, 3, process, patience=20)
     threads = [threading.Thread(target=join, args=(process,)) for process in range(3)]
     for thread in threads: thread.start()
     for thread in threads: thread.join()
@@ -315,7 +317,7 @@ def test_a_party_shares_what_process_0_says():
 # The arithmetic of costs
 
 PC, SLOW = scale.Machine(80e9, overhead=1e-4, flops=1e12), scale.Link(1e-3, 1e8)
-SEVENTY = LlamaConfig.from_params(SIZES["70B"], 32000)
+SEVENTY = config_from_params(SIZES["70B"], 32000)
 
 
 @pytest.mark.parametrize("seconds", [scale.tensor_seconds, scale.pipeline_seconds])

@@ -13,12 +13,14 @@ import zipfile
 import numpy as np
 import pytest
 
-from llama_nb.checkpoint import CheckpointError, bard_folder, cached_file, download_package, fetch
-from llama_nb.forms import gguf_metadata
-from llama_nb.tokenizer import (BYTE, CONTROL, LLAMA3_SPECIAL, LLAMA3_WORDS, NORMAL, SCHEMES, UNKNOWN, UNUSED, USER_DEFINED, ByteLevelTokenizer, HandMadeBPE,
-                                MetaspaceTokenizer, Piece, SentencePieceTokenizer, TokenizerError, check_vocabulary, gguf_vocabulary, load_tokenizer,
-                                parse_model, parse_ranks, serialize_model, show_tokens, space_writer, synth_tokenizer, tokenizer_files,
-                                tiktoken_tokenizer, word_splitter)
+from llama_nb.checkpoint import CheckpointError, bard_folder
+from llama_nb.files import cached_file
+from llama_nb.hub import download_package, fetch
+from llama_nb.gguf import gguf_metadata
+from llama_nb.tokenizer import BYTE, CONTROL, NORMAL, UNKNOWN, UNUSED, USER_DEFINED, HandMadeBPE, Piece, TokenizerError, show_tokens
+from llama_nb.vocabularies import (check_pieces, LLAMA3_SPECIAL, LLAMA3_WORDS, SCHEMES, ByteLevelTokenizer, MetaspaceTokenizer, SentencePieceTokenizer,
+                                   check_vocabulary, gguf_vocabulary, load_tokenizer, parse_model, parse_ranks, serialize_model, space_writer,
+                                   synth_tokenizer, tokenizer_files, tiktoken_tokenizer, word_splitter)
 
 
 BEES = "The best way to attract bees"
@@ -459,7 +461,7 @@ def test_llama_cpp_gives_the_same_ids(kind, request, tmp_path):
     "Of the vocabularies that we write, special tokens on and off; a model of zeros lies beside."
     if not importlib.util.find_spec("xllamacpp"): pytest.skip("xllamacpp is not installed (extra [parity]): written vocabularies are not read by llama.cpp")
     from llama_nb.checkpoint import Checkpoint, LazyTensor, LlamaConfig
-    from llama_nb.forms import write_gguf as write_model
+    from llama_nb.gguf import write_gguf as write_model
     tokenizer = request.getfixturevalue("llama3") if kind == "llama3" else request.getfixturevalue("tokenizers")[kind]
     config = LlamaConfig(dim=32, n_layers=1, n_heads=2, n_kv_heads=1, hidden_dim=32, vocab_size=tokenizer.vocab_size, context_length=64)
     zeros = {name: LazyTensor(shape, np.dtype("float32"), "float32", lambda shape=shape: np.zeros(shape, "float32")) for name, shape in config.tensor_shapes().items()}
@@ -596,7 +598,7 @@ def test_by_hand_refuses_what_it_cannot_do():
     for message, change in [("byte-pair model", dict(is_bpe=False)), (cannot, dict(charsmap=b"x")), (cannot, dict(squeeze_spaces=True)), (cannot, dict(pieces=[*model.pieces, Piece("thee", 0, UNUSED)])),
                             (odd, dict(pieces=[*model.pieces, Piece("thee", 0, 9)])), *((odd, dict(pieces=pieces)) for pieces in without)]:
         with pytest.raises(TokenizerError, match=message):
-            HandMadeBPE(model._replace(**change))
+            HandMadeBPE(check_pieces(model._replace(**change)))
 
 
 @pytest.mark.parametrize("pieces, arguments, message", [("ab", dict(merges=[], splitter="qwen2"), "gpt-2, smollm, llama-bpe"), ("ab", dict(merges=["a b"]), "found 'a b'"),
@@ -648,7 +650,8 @@ def test_embedding_in_a_saved_model(embedding, tmp_path):
 
 
 def test_listeners_nest_and_leave():
-    from llama_nb.embedding import listening, tap
+    from llama_nb.block import listening
+    from llama_nb.embedding import tap
     with listening(lambda name, value: value + 1):
         with listening(lambda name, value: value * 10):
             assert tap("x", 1) == 10

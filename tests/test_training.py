@@ -11,15 +11,19 @@ import tensorflow as tf
 from keras import ops
 
 from llama_nb import training
-from llama_nb.checkpoint import CheckpointError, LlamaConfig, bard_folder, write_meta
-from llama_nb.embedding import listening
-from llama_nb.forms import open_checkpoint
+from llama_nb.meta import config_from_params
+from llama_nb.checkpoint import CheckpointError, LlamaConfig, bard_folder
+from llama_nb.meta import write_meta
+from llama_nb.block import listening
+from llama_nb.hub import open_checkpoint
 from llama_nb.model import build_model, load_weights, read_weight
-from llama_nb.tokenizer import SentencePieceTokenizer, TokenizerError, synth_tokenizer
-from llama_nb.training import (PROJECTIONS, adapter_variables, add_lora, batches, bits_per_byte, compile_for_training, dropping, encode_texts, load_lora, load_state, merge_lora,
-                               save_lora, save_state, split_plays, train, train_corpus)
+from llama_nb.tokenizer import TokenizerError
+from llama_nb.vocabularies import SentencePieceTokenizer, synth_tokenizer
+from llama_nb.finetuning import PROJECTIONS, adapter_variables, add_lora, load_lora, merge_lora, save_lora
+from llama_nb.training import (batches, bits_per_byte, compile_for_training, dropping, encode_texts, load_state, save_state, split_plays, train,
+                               train_corpus)
 
-TINY = LlamaConfig.from_params(dict(dim=32, n_layers=1, n_heads=4, n_kv_heads=2, vocab_size=300, multiple_of=16, max_seq_len=16))
+TINY = config_from_params(dict(dim=32, n_layers=1, n_heads=4, n_kv_heads=2, vocab_size=300, multiple_of=16, max_seq_len=16))
 VERSE = "And all our yesterdays have lighted fools the way to dusty death.\n" * 40
 RECIPE = dict(steps=60, batch_size=4, peak=1e-2, dropout=0.1, measure_every=30)
 

@@ -1,4 +1,4 @@
-// The live part of chapter 13. Everything it shows was computed by the chapter and lies in the page as JSON.
+// The live part of chapter 25. Everything it shows was computed by the chapter and lies in the page as JSON.
 (() => {
   const box = document.querySelector(".inside-live"), store = document.querySelector("script.inside-data")
   if (!box || !store) return

@@ -5,8 +5,8 @@ python tests/golden/make.py        (needs the extra [parity]; about a minute)
 import json
 from pathlib import Path
 
-from llama_nb.checkpoint import fetch
-from llama_nb.tokenizer import load_tokenizer
+from llama_nb.hub import fetch
+from llama_nb.vocabularies import load_tokenizer
 
 PROMPTS = (
     "The best way to attract bees",

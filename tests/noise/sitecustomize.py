@@ -54,7 +54,7 @@ def during_passes(cls, name):
     setattr(cls, name, method)
 
 
-def disturb_program(cls, read_program):
+def disturb_program(cls):
     "Makes the engine's `Program` compute from disturbed values, and leave the undisturbed ones behind."
     import numpy as np
     plain_init, plain_run = cls.__init__, cls.run
@@ -65,6 +65,7 @@ def disturb_program(cls, read_program):
 
     def norm_of(self, entry):
         if not hasattr(self, "norms"):
+            from llama_nb.conversion import read_program
             weights = read_program(self.path)
             self.norms = {entry: np.array(weights[norm]) for entry, norm in INPUT_NORMS.items() if norm in weights}
         return self.norms[entry]
@@ -99,12 +100,10 @@ def disturb(namespace):
     for name, cls in found.items():
         if not isinstance(cls, type) or "disturbed" in vars(cls) or cls.__module__ not in ("__main__", "llama_nb.engine"):
             continue
-        if name == "Program" and "read_program" in namespace:
-            disturb_program(cls, namespace["read_program"])
-        elif name != "Program":
-            during_passes(cls, {"Blocks": "run", "Engine": "logits"}[name])
+        if name == "Program":
+            disturb_program(cls)
         else:
-            continue
+            during_passes(cls, {"Blocks": "run", "Engine": "logits"}[name])
         cls.disturbed = True
 
 
