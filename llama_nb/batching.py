@@ -26,12 +26,8 @@ def new_passes(texts: Mapping[int, Sequence[int]], cached: list[list[int]]):
         cached[slot] = list(ids)
     for first in range(0, len(together), ROWS):
         group = together[first:first + ROWS]
-        yield (
-            [texts[slot][-1] for slot in group],
-            group,
-            [len(texts[slot]) - 1 for slot in group],
-            range(len(group)),
-        )
+        yield ([texts[slot][-1] for slot in group], group, [len(texts[slot]) - 1 for slot in group],
+               range(len(group)))
 
 class Batch:
     """Several texts that grow together: `advance(texts)` gives the logits after each, and reads
@@ -39,20 +35,15 @@ class Batch:
 
     def __init__(self, engine: Engine, slots: int, room: int):
         config = dataclasses.replace(engine.config, context_length=room)
-        self.engine, self.cache, self.cached = (
-            engine,
-            Cache(config, slots),
-            [[] for _ in range(slots)],
-        )
+        self.engine, self.cache, self.cached = (engine, Cache(config, slots),
+                                                [[] for _ in range(slots)])
 
     def advance(self, texts: Mapping[int, Sequence[int]]) -> dict[int, np.ndarray]:
         "texts: slot to ids. Returns slot to logits (vocab,)."
         results = {}
         for ids, slots, places, wanted in new_passes(texts, self.cached):
-            results |= zip(
-                (slots[row] for row in wanted),
-                self.engine.rows(ids, slots, places, wanted, self.cache),
-            )
+            results |= zip((slots[row] for row in wanted),
+                           self.engine.rows(ids, slots, places, wanted, self.cache))
         return results
 
 # %% ../nbs/20_several_tokens.ipynb #0c416995
@@ -93,8 +84,7 @@ class PromptLookup:
         room = self.decoder.context_length - len(ids)
         least = 2 if self.account > self.extra else 3
         guesses = (
-            guess(ids, min(self.size, room), least) if self.plain and self.account >= 0 else []
-        )
+            guess(ids, min(self.size, room), least) if self.plain and self.account >= 0 else [])
         begin = time.perf_counter()
         new = len(ids) - common_prefix(ids, self.decoder.cached_ids)
         logits = self.decoder.last_logits(ids + guesses, len(guesses) + 1)
@@ -118,7 +108,6 @@ def write_together(engine: Engine, streams: Sequence[Stream]) -> list[str]:
         stream.advance = lambda ids, slot=slot: answers.pop(slot)
     while going := [slot for slot, stream in enumerate(streams) if stream.finish_reason is None]:
         answers |= batch.advance(
-            {slot: streams[slot].prompt_ids + streams[slot].new_ids for slot in going}
-        )
+            {slot: streams[slot].prompt_ids + streams[slot].new_ids for slot in going})
         for slot in going: texts[slot] += next(streams[slot].steps, "")
     return texts

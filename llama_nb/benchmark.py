@@ -21,11 +21,8 @@ def measure_speed(advance, reset, config: LlamaConfig) -> dict[str, float]:
     `reset()`."""
     prompt = min(128, config.context_length // 2)
     new = min(16, config.context_length - prompt)
-    ids = (
-        np.random.default_rng(0)
-        .integers(config.vocab_size // 2, config.vocab_size, prompt + new)
-        .tolist()
-    )
+    ids = (np.random.default_rng(0)
+           .integers(config.vocab_size // 2, config.vocab_size, prompt + new) .tolist())
     def seconds(count):
         begin = time.perf_counter()
         advance(ids[:count])
@@ -41,8 +38,7 @@ def memory_reader(threads: int, size: int = 10**9) -> Callable[[], float]:
     """A function that has `threads` threads read an array of `size` bytes, which no cache holds,
     and gives the bytes a second."""
     parts, pool = np.array_split(
-        np.ones(size // 4, np.float32), threads
-    ), concurrent.futures.ThreadPoolExecutor(threads)
+        np.ones(size // 4, np.float32), threads), concurrent.futures.ThreadPoolExecutor(threads)
     def read():
         begin = time.perf_counter()
         list(pool.map(np.max, parts))
@@ -67,13 +63,9 @@ def write_random_gguf(path: Path, config: LlamaConfig, kind: str) -> None:
     shapes = config.tensor_shapes()
     for name, shape in shapes.items():
         count, flat = math.prod(shape), len(shape) == 1
-        writer.add_tensor_info(
-            names[name],
-            shape,
-            np.float32,
-            4 * count if flat else count // values * size,
-            gguf.GGMLQuantizationType.F32 if flat else kind,
-        )
+        writer.add_tensor_info(names[name], shape, np.float32,
+                               4 * count if flat else count // values * size,
+                               gguf.GGMLQuantizationType.F32 if flat else kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
@@ -81,16 +73,14 @@ def write_random_gguf(path: Path, config: LlamaConfig, kind: str) -> None:
         rows = np.ones(shape, np.float32)
         if len(shape) == 2:
             rows = np.frombuffer(
-                bytearray(rng.bytes(math.prod(shape) // values * size)), np.uint8
-            ).reshape(-1, size)
+                bytearray(rng.bytes(math.prod(shape) // values * size)), np.uint8).reshape(-1, size)
             rows[:, :2] = scale
         writer.write_tensor_data(rows)
     writer.close()
 
 # %% ../nbs/22_benchmark.ipynb #6e605e19
 def open_llama_cpp(
-    path: Path, config: LlamaConfig, threads: int, context: int, flash: bool = False
-):
+    path: Path, config: LlamaConfig, threads: int, context: int, flash: bool = False):
     "llama.cpp's `advance` and `reset` for a GGUF file, through its Python package."
     import llama_cpp as api
     open_llama_cpp.silent = api.llama_log_callback(lambda *_: None)
@@ -120,10 +110,8 @@ def open_llama_cpp(
 def cpu_name() -> str:
     "The processor's name."
     try:
-        return next(
-            line.split(":")[1].strip()
-            for line in Path("/proc/cpuinfo").read_text().splitlines()
-            if line.startswith("model name")
-        )
+        return next(line.split(":")[1].strip()
+                    for line in Path("/proc/cpuinfo").read_text().splitlines()
+                    if line.startswith("model name"))
     except (OSError, StopIteration):
         return platform.processor() or platform.machine()

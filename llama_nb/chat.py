@@ -51,17 +51,12 @@ def render_chat(template: str, messages: Sequence[dict], **names) -> str:
     """A conversation as the model was taught to see it: the checkpoint's template, kept within
     bounds."""
     program = "\n".join(
-        [*map(inspect.getsource, (render_template, serve_template)), "serve_template()"]
-    )
+        [*map(inspect.getsource, (render_template, serve_template)), "serve_template()"])
     job = dict(template=template, messages=list(messages), names=names, limits=TEMPLATE_LIMITS)
     try:
-        done = subprocess.run(
-            [sys.executable, "-P", "-c", program],
-            input=json.dumps(job, default=str),
-            capture_output=True,
-            text=True,
-            timeout=10 * TEMPLATE_LIMITS["CPU"],
-        )
+        done = subprocess.run([sys.executable, "-P", "-c", program],
+                              input=json.dumps(job, default=str), capture_output=True, text=True,
+                              timeout=10 * TEMPLATE_LIMITS["CPU"])
         answer = json.loads(done.stdout)
     except (subprocess.TimeoutExpired, ValueError):
         answer = dict(
@@ -72,8 +67,7 @@ def render_chat(template: str, messages: Sequence[dict], **names) -> str:
         )
     if "problem" in answer:
         line = "".join(
-            letter if letter.isprintable() else " " for letter in answer["problem"][:300]
-        )
+            letter if letter.isprintable() else " " for letter in answer["problem"][:300])
         raise GenerationError(f"the chat template stops with {line}")
     return answer["text"]
 
@@ -83,12 +77,10 @@ def chat_text(tokenizer: Tokenizer, messages: Sequence[dict]) -> str:
     if tokenizer.chat_template is None:
         raise GenerationError("this model has no chat template; use generate")
     whole = [
-        isinstance(message, dict) and {"role", "content"} <= set(message) for message in messages
-    ]
+        isinstance(message, dict) and {"role", "content"} <= set(message) for message in messages]
     if not whole or not all(whole):
         raise GenerationError(
-            "messages should be a list of {'role': ..., 'content': ...}, at least one"
-        )
+            "messages should be a list of {'role': ..., 'content': ...}, at least one")
     def text_of(id): return "" if id is None else tokenizer.pieces[id]
     return render_chat(tokenizer.chat_template, messages,
                        bos_token=text_of(tokenizer.bos_id), eos_token=text_of(tokenizer.eos_id))
@@ -112,8 +104,7 @@ def message_ids(tokenizer: Tokenizer, messages: Sequence[dict]) -> list[int]:
     text = check_text(chat_text(tokenizer, disguise(messages)))
     parts = split_at(special, text)
     return tokenizer.encode_parts(
-        special[part] if part in special else part.replace(mark, "") for part in parts
-    )
+        special[part] if part in special else part.replace(mark, "") for part in parts)
 
 # %% ../nbs/17_chat.ipynb #mv259015
 class ChatLlama(Llama):

@@ -76,14 +76,12 @@ class LlamaConfig:
         return {f"{name}.weight": shape for name, shape in shapes.items()}
 
 # %% ../nbs/01_checkpoint.ipynb #859a7e64
-SIZES = {
-    "7B": dict(dim=4096, n_layers=32, n_heads=32, multiple_of=256, norm_eps=1e-6),
-    "13B": dict(dim=5120, n_layers=40, n_heads=40, multiple_of=256, norm_eps=1e-6),
-    "33B": dict(dim=6656, n_layers=60, n_heads=52, multiple_of=256, norm_eps=1e-6),
-    "65B": dict(dim=8192, n_layers=80, n_heads=64, multiple_of=256, norm_eps=1e-5),
-    "70B": dict(dim=8192, n_layers=80, n_heads=64, n_kv_heads=8, multiple_of=4096,
-                ffn_dim_multiplier=1.3, norm_eps=1e-5),
-}
+SIZES = {"7B": dict(dim=4096, n_layers=32, n_heads=32, multiple_of=256, norm_eps=1e-6),
+         "13B": dict(dim=5120, n_layers=40, n_heads=40, multiple_of=256, norm_eps=1e-6),
+         "33B": dict(dim=6656, n_layers=60, n_heads=52, multiple_of=256, norm_eps=1e-6),
+         "65B": dict(dim=8192, n_layers=80, n_heads=64, multiple_of=256, norm_eps=1e-5),
+         "70B": dict(dim=8192, n_layers=80, n_heads=64, n_kv_heads=8, multiple_of=4096,
+                     ffn_dim_multiplier=1.3, norm_eps=1e-5)}
 
 # %% ../nbs/01_checkpoint.ipynb #80e8e15e
 @dataclasses.dataclass(frozen=True)

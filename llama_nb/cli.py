@@ -36,8 +36,7 @@ def whole(least: int):
     def read(text: str) -> int:
         if not text.isdecimal() or int(text) < least:
             raise argparse.ArgumentTypeError(
-                f"should be a whole number, {least} or more, found {text!r}"
-            )
+                f"should be a whole number, {least} or more, found {text!r}")
         return int(text)
     return read
 
@@ -52,20 +51,12 @@ def model_options() -> Parser:
     "Which model, and in what form."
     options = Parser(add_help=False)
     add = options.add_argument
-    add(
-        "-m",
-        "--model",
-        default="smollm2-135m-instruct",
-        help="a preset, a folder, a file, or owner/name on the Hub (default: %(default)s)",
-    )
+    add("-m", "--model", default="smollm2-135m-instruct",
+        help="a preset, a folder, a file, or owner/name on the Hub (default: %(default)s)")
     add("-c", "--context-length", type=whole(1), metavar="TOKENS",
         help="room for prompt and continuation (default: the model's own, at most 2048)")
-    add(
-        "--engine",
-        default="auto",
-        choices=["auto", "keras", "litert"],
-        help="litert runs converted models (default: %(default)s)",
-    )
+    add("--engine", default="auto", choices=["auto", "keras", "litert"],
+        help="litert runs converted models (default: %(default)s)")
     add("--dtype", choices=list(BYTES), help="of weights and cache, for keras (default: float32)")
     add("--json", action="store_true", help="print one JSON object")
     return options
@@ -83,91 +74,61 @@ def sampling_options() -> Parser:
     add("--top-k", type=whole(0), default=default.top_k, help="0 keeps all (default: %(default)s)")
     add("--top-p", type=float, default=default.top_p, help="1 keeps all (default: %(default)s)")
     add("--min-p", type=float, default=default.min_p, help="0 keeps all (default: %(default)s)")
-    add(
-        "--repetition-penalty",
-        type=float,
-        default=default.repetition_penalty,
-        help="1 is none (default: %(default)s)",
-    )
+    add("--repetition-penalty", type=float, default=default.repetition_penalty,
+        help="1 is none (default: %(default)s)")
     add("-s", "--seed", type=whole(0), help="the same seed gives the same text")
     add("--stop", type=some_text, action="append", default=[], metavar="TEXT",
         help="end before this text; may be repeated")
     add("-t", "--threads", type=whole(1), help="how many to compute with (default: all cores)")
-    add(
-        "--ray",
-        metavar="ADDRESS",
-        help="spread the blocks of a converted model over this Ray cluster; auto finds one here",
-    )
+    add("--ray", metavar="ADDRESS",
+        help="spread the blocks of a converted model over this Ray cluster; auto finds one here")
     return options
 
 def mesh_options() -> Parser:
     "Where to compute, if not in this process alone."
     options = Parser(add_help=False)
     add = options.add_argument
-    add(
-        "--mesh",
-        metavar="N",
-        help="lay the model out over N devices with JAX; PxN: over P processes with N devices each",
-    )
-    add(
-        "--coordinator",
-        metavar="HOST:PORT",
-        help="where process 0 of a mesh of several waits for the others",
-    )
-    add(
-        "--process",
-        type=whole(0),
-        metavar="K",
-        help="the number of this process of the mesh; 0 has the prompt and prints the text",
-    )
+    add("--mesh", metavar="N",
+        help="lay the model out over N devices with JAX; PxN: over P processes with N devices each")
+    add("--coordinator", metavar="HOST:PORT",
+        help="where process 0 of a mesh of several waits for the others")
+    add("--process", type=whole(0), metavar="K",
+        help="the number of this process of the mesh; 0 has the prompt and prints the text")
     return options
 
 # %% ../nbs/30_cli.ipynb #a61c0d50
 def add_writers(commands) -> None:
     "The commands that write models: synth, convert, train."
     random = commands.add_parser(
-        "synth", help="write a checkpoint with random weights, in Meta's layout"
-    )
+        "synth", help="write a checkpoint with random weights, in Meta's layout")
     random.add_argument("folder", help="where to: an empty or new folder")
     random.add_argument(
-        "--like", default="7B", help=f"one of {', '.join(SIZES)} (default: %(default)s)"
-    )
+        "--like", default="7B", help=f"one of {', '.join(SIZES)} (default: %(default)s)")
     random.add_argument("--layers", type=whole(1), help="fewer layers than the original")
     random.add_argument(
-        "-s", "--seed", type=whole(0), default=0, help="the same seed gives the same weights"
-    )
+        "-s", "--seed", type=whole(0), default=0, help="the same seed gives the same weights")
     random.add_argument("--json", action="store_true", help="print one JSON object")
     convert = commands.add_parser(
-        "convert", help="write a model anew: quantized for the fast engine, or in another form"
-    )
+        "convert", help="write a model anew: quantized for the fast engine, or in another form")
     convert.add_argument("source", help="a preset, a folder, a file, or owner/name on the Hub")
     convert.add_argument(
         "folder",
-        help=(
-            "where to: a new folder (with --to gguf a new file), or one with the beginning of the"
-            " same conversion to litert"
-        ),
+        help=("where to: a new folder (with --to gguf a new file), or one with the beginning of the"
+              " same conversion to litert"),
     )
-    convert.add_argument(
-        "--to",
-        default="litert",
-        choices=["litert", "meta", "hf", "gguf"],
-        help="the form (default: %(default)s)",
-    )
+    convert.add_argument("--to", default="litert", choices=["litert", "meta", "hf", "gguf"],
+                         help="the form (default: %(default)s)")
     convert.add_argument(
         "--dtype",
         choices=["int8", "int4"],
-        help=(
-            "of the matrices, with --to litert (default: int8); the other forms keep the"
-            " source's own"
-        ),
+        help=("of the matrices, with --to litert (default: int8); the other forms keep the"
+              " source's own"),
     )
     convert.add_argument("--json", action="store_true", help="print one JSON object")
     train = commands.add_parser("train", help="train a small model on texts of your own")
     train.add_argument("corpus", help="a text file, or a folder of them")
     train.add_argument(
-        "folder", help="where to: a new folder, or that of a training that was interrupted"
-    )
+        "folder", help="where to: a new folder, or that of a training that was interrupted")
     train.add_argument("--preset", default="bard", help="the model's shape (default: %(default)s)")
     train.add_argument(
         "--minutes", type=float, help="about how long (default: about ten passes through the texts)"
@@ -176,33 +137,25 @@ def add_writers(commands) -> None:
         "--dtype",
         default="float32",
         choices=["float32", "mixed_bfloat16"],
-        help=(
-            "to compute in; the latter is faster on a CPU with units for bfloat16 (default:"
-            " %(default)s)"
-        ),
+        help=("to compute in; the latter is faster on a CPU with units for bfloat16 (default:"
+              " %(default)s)"),
     )
     train.add_argument(
-        "-s", "--seed", type=whole(0), default=0, help="the same seed gives the same model"
-    )
+        "-s", "--seed", type=whole(0), default=0, help="the same seed gives the same model")
     train.add_argument("--json", action="store_true", help="print one JSON object")
 
 # %% ../nbs/30_cli.ipynb #aac167de
 def make_parser() -> Parser:
     "The grammar of `llama-nb`."
-    parser = Parser(
-        prog="llama-nb",
-        description="LLaMA in TensorFlow and Keras: the package that the book builds.",
-    )
+    parser = Parser(prog="llama-nb",
+                    description="LLaMA in TensorFlow and Keras: the package that the book builds.")
     commands = parser.add_subparsers(
-        dest="command", required=True, parser_class=Parser, metavar="COMMAND"
-    )
+        dest="command", required=True, parser_class=Parser, metavar="COMMAND")
     model, sampling = model_options(), sampling_options()
     commands.add_parser(
-        "generate", parents=[model, sampling, mesh_options()], help="continue a text"
-    )
+        "generate", parents=[model, sampling, mesh_options()], help="continue a text")
     chat = commands.add_parser(
-        "chat", parents=[model, sampling], help="answer a message, or talk line by line"
-    )
+        "chat", parents=[model, sampling], help="answer a message, or talk line by line")
     chat.add_argument("--system", help="what the model is told before the conversation")
     info = commands.add_parser("info", parents=[model], help="what a model is, without loading it")
     info.add_argument("path", nargs="?", help="the same as -m")
@@ -211,8 +164,7 @@ def make_parser() -> Parser:
     bench.add_argument("path", nargs="?", help="the same as -m")
     bench.add_argument("--vs", choices=["llama.cpp"], help="measure it beside this")
     bench.add_argument(
-        "-t", "--threads", type=whole(1), help="how many to compute with (default: all cores)"
-    )
+        "-t", "--threads", type=whole(1), help="how many to compute with (default: all cores)")
     return parser
 
 # %% ../nbs/30_cli.ipynb #e7189017
@@ -237,11 +189,8 @@ def sampling_of(arguments) -> dict:
 
 def places_of(arguments) -> dict:
     "Where the command line wants the model, beside this process."
-    return {
-        name: value
-        for name in ("mesh", "coordinator", "process")
-        if (value := vars(arguments).get(name)) is not None
-    }
+    return {name: value for name in ("mesh", "coordinator", "process")
+            if (value := vars(arguments).get(name)) is not None}
 
 def load_for(arguments):
     "The model that the command line names, loaded in quiet; what can be refused before that, is."
@@ -251,17 +200,9 @@ def load_for(arguments):
         if tokenizer.chat_template is None:
             raise GenerationError("this model has no chat template; use generate")
     with quiet_start():
-        llm = load(
-            arguments.model,
-            arguments.engine,
-            arguments.dtype,
-            arguments.context_length,
-            arguments.threads,
-            progress=sys.stderr.isatty(),
-            **places_of(arguments),
-            ray=arguments.ray,
-            sequences=1,
-        )
+        llm = load(arguments.model, arguments.engine, arguments.dtype, arguments.context_length,
+                   arguments.threads, progress=sys.stderr.isatty(), **places_of(arguments),
+                   ray=arguments.ray, sequences=1)
         llm.tokenizer.encode("")
     return llm
 
@@ -335,16 +276,12 @@ def as_size(count: int) -> str:
 
 def format_report(report: dict, context_length: int) -> str:
     "The report as a line, and a hint where the context was the limit."
-    line = (
-        f"{report['prompt_tokens']} tokens read in {report['prefill_seconds']:.2f} s,"
-        f" {report['new_tokens']} written"
-    )
+    line = (f"{report['prompt_tokens']} tokens read in {report['prefill_seconds']:.2f} s,"
+            f" {report['new_tokens']} written")
     if report["tokens_per_second"]:
         line += f", {report['tokens_per_second']:.1f} tokens/s"
-    line += (
-        f" ({report['finish_reason']}); peak memory {as_size(report['peak_memory_bytes'])};"
-        f" {report['path']}"
-    )
+    line += (f" ({report['finish_reason']}); peak memory {as_size(report['peak_memory_bytes'])};"
+             f" {report['path']}")
     if report["finish_reason"] == "context":
         line += (
             f"\nthe context of {context_length} tokens is full; --context-length gives more where"
@@ -374,12 +311,8 @@ def run_on_mesh(arguments) -> str | None:
     what it computes."""
     prompt = None if arguments.process else read_prompt(arguments)
     llm = load_for(arguments)
-    asked = dict(
-        prompt=prompt,
-        max_new_tokens=arguments.max_new_tokens,
-        stop=arguments.stop,
-        **sampling_of(arguments)
-    )
+    asked = dict(prompt=prompt, max_new_tokens=arguments.max_new_tokens, stop=arguments.stop,
+                 **sampling_of(arguments))
     if asked["seed"] is None: asked["seed"] = secrets.randbits(32)
     vars(arguments).update(llm.party.share(asked))
     if arguments.process:
@@ -424,47 +357,29 @@ def run_info(arguments) -> None:
         return print(json.dumps(about), flush=True)
     from llama_nb.conversion import available_memory
     table = about.pop("memory")
-    facts = {
-        name: value
-        for name, value in about.items()
-        if name not in table[0] and value not in (None, {})
-    }
+    facts = {name: value for name, value in about.items()
+             if name not in table[0] and value not in (None, {})}
     for name, value in facts.items():
         print(name.ljust(max(map(len, facts))), f"{value:,}" if type(value) is int else value)
-    print(
-        f"\nmemory for {about['context_length']:,} tokens, of {as_size(available_memory())} that"
-        " are free"
-    )
+    print(f"\nmemory for {about['context_length']:,} tokens, of {as_size(available_memory())} that"
+          " are free")
     for row in table:
-        print(
-            f"{row['engine']:7} {row['dtype']:9} {as_size(row['weights_bytes']):>8} of weights +"
-            f" {as_size(row['cache_bytes']):>7} of cache",
-            "  fits" if row["fits"] else "  does not fit",
-        )
-    best = next(
-        (f"{row['engine']} {row['dtype']}" for row in table if row["fits"]),
-        "none; a shorter context takes less",
-    )
+        print(f"{row['engine']:7} {row['dtype']:9} {as_size(row['weights_bytes']):>8} of weights +"
+              f" {as_size(row['cache_bytes']):>7} of cache",
+              "  fits" if row["fits"] else "  does not fit")
+    best = next((f"{row['engine']} {row['dtype']}" for row in table if row["fits"]),
+                "none; a shorter context takes less")
     print("the most exact that fits:", best)
 
 # %% ../nbs/30_cli.ipynb #c9bd57ba
 def run_synth(arguments) -> None:
     "Writes a checkpoint with random weights and a tokenizer to go with it."
     folder, pieces = arguments.folder, 32000
-    config = synth(
-        folder,
-        arguments.like,
-        arguments.layers,
-        arguments.seed,
-        synth_tokenizer(pieces),
-        pieces,
-        progress=sys.stderr.isatty(),
-    )
+    config = synth(folder, arguments.like, arguments.layers, arguments.seed,
+                   synth_tokenizer(pieces), pieces, progress=sys.stderr.isatty())
     about = dict(path=folder, **dataclasses.asdict(config), parameters=config.n_parameters)
-    line = (
-        f"{folder}: {config.n_parameters:,} random parameters,"
-        f" {as_size(config.n_parameters * BYTES['bfloat16'])}"
-    )
+    line = (f"{folder}: {config.n_parameters:,} random parameters,"
+            f" {as_size(config.n_parameters * BYTES['bfloat16'])}")
     print(json.dumps(about) if arguments.json else line, flush=True)
 
 # %% ../nbs/30_cli.ipynb #a61c0d40
@@ -496,8 +411,7 @@ def run_convert(arguments) -> None:
     if arguments.to in WRITERS:
         if arguments.dtype:
             raise UsageError(
-                f"--dtype {arguments.dtype} goes with --to litert, found --to {arguments.to}"
-            )
+                f"--dtype {arguments.dtype} goes with --to litert, found --to {arguments.to}")
         write_form(arguments.to, source, arguments.folder, progress)
     else:
         with quiet_start():
@@ -512,15 +426,8 @@ def run_convert(arguments) -> None:
 def run_train(arguments) -> None:
     "Trains a small model; tells how it goes on standard error."
     with quiet_start(): from llama_nb.training import train_corpus
-    report = train_corpus(
-        arguments.corpus,
-        arguments.folder,
-        arguments.preset,
-        arguments.minutes,
-        arguments.seed,
-        arguments.dtype,
-        progress=sys.stderr.isatty(),
-    )
+    report = train_corpus(arguments.corpus, arguments.folder, arguments.preset, arguments.minutes,
+                          arguments.seed, arguments.dtype, progress=sys.stderr.isatty())
     line = (
         f"{report['path']}: {report['parameters']:,} parameters, {report['steps']:,} steps in"
         f" {report['minutes']:.1f} minutes, {report['bits_per_byte']:.2f} bits per byte on what was"
@@ -549,60 +456,33 @@ def run_bench(arguments) -> None:
         speeds = {"llama_nb": measure_speed(llm.decoder.advance, llm.decoder.forget, llm.config)}
     if arguments.vs:
         with contextlib.suppress(
-            ImportError
-        ), tempfile.TemporaryDirectory() as folder, quiet_start():
+            ImportError), tempfile.TemporaryDirectory() as folder, quiet_start():
             import llama_cpp
-            write_random_gguf(
-                Path(folder) / "peer.gguf",
-                llm.config,
-                {"int4": "Q4_0", "int8": "Q8_0"}[about["dtype"]],
-            )
+            write_random_gguf(Path(folder) / "peer.gguf", llm.config,
+                              {"int4": "Q4_0", "int8": "Q8_0"}[about["dtype"]])
             advance, reset = open_llama_cpp(
-                Path(folder) / "peer.gguf", llm.config, threads, llm.config.context_length
-            )
+                Path(folder) / "peer.gguf", llm.config, threads, llm.config.context_length)
             speeds["llama.cpp"] = measure_speed(advance, reset, llm.config)
     limit = bandwidth / (about["weights_bytes"] - unread_bytes(llm.config, about["dtype"]))
-    report = dict(
-        path=about["path"],
-        dtype=about["dtype"],
-        cpu=cpu_name(),
-        threads=threads,
-        bandwidth=bandwidth,
-        limit=limit,
-        speeds=speeds,
-    )
+    report = dict(path=about["path"], dtype=about["dtype"], cpu=cpu_name(), threads=threads,
+                  bandwidth=bandwidth, limit=limit, speeds=speeds)
     if arguments.json: return print(json.dumps(report), flush=True)
-    print(
-        f"{report['path']}, {report['dtype']}; {report['cpu']}, {threads} threads; reads"
-        f" {bandwidth / 1e9:.1f} GB/s, so at most {limit:.1f} tokens/s"
-    )
+    print(f"{report['path']}, {report['dtype']}; {report['cpu']}, {threads} threads; reads"
+          f" {bandwidth / 1e9:.1f} GB/s, so at most {limit:.1f} tokens/s")
     for name, speed in speeds.items():
-        print(
-            f"{name:10} prefill {speed['prefill']:8.1f} tokens/s   decode {speed['decode']:8.1f}"
-            f" tokens/s, {speed['decode'] / limit:.0%} of the limit"
-        )
+        print(f"{name:10} prefill {speed['prefill']:8.1f} tokens/s   decode {speed['decode']:8.1f}"
+              f" tokens/s, {speed['decode'] / limit:.0%} of the limit")
     if len(speeds) == 2:
-        ratios = {
-            name: speeds["llama_nb"][name] / speeds["llama.cpp"][name]
-            for name in ("prefill", "decode")
-        }
-        print(
-            f"llama_nb / llama.cpp: prefill ×{ratios['prefill']:.2f}, decode"
-            f" ×{ratios['decode']:.2f}"
-        )
+        ratios = {name: speeds["llama_nb"][name] / speeds["llama.cpp"][name]
+                  for name in ("prefill", "decode")}
+        print(f"llama_nb / llama.cpp: prefill ×{ratios['prefill']:.2f}, decode"
+              f" ×{ratios['decode']:.2f}")
     elif arguments.vs:
         print("llama.cpp: not compared, llama-cpp-python is not installed")
 
 # %% ../nbs/30_cli.ipynb #f134de93
-COMMANDS = {
-    "generate": run_generate,
-    "chat": run_chat,
-    "info": run_info,
-    "synth": run_synth,
-    "convert": run_convert,
-    "train": run_train,
-    "bench": run_bench,
-}
+COMMANDS = {"generate": run_generate, "chat": run_chat, "info": run_info, "synth": run_synth,
+            "convert": run_convert, "train": run_train, "bench": run_bench}
 
 # %% ../nbs/30_cli.ipynb #mv5ac584
 def main(argv: list[str] | None = None) -> int:

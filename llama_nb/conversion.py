@@ -40,31 +40,23 @@ def place_weight(tensor, graph, buffer_of: Callable, name: str, weight) -> None:
     if weight.bits == 8:
         tensor.type, tensor.buffer = schema.TensorType.INT8, buffer_of(name, lambda: weight.values)
         scales.scale, scales.zeroPoint = weight.scales.ravel(), np.zeros(
-            len(weight.scales), np.int64
-        )
+            len(weight.scales), np.int64)
         return
     tensor.type, tensor.buffer = schema.TensorType.INT4, buffer_of(
-        name, lambda: pack_int4(weight.values)
-    )
+        name, lambda: pack_int4(weight.values))
     blocks = schema.TensorT()
     blocks.name, blocks.shape, blocks.type = (
-        f"{name}_scales",
-        np.array(weight.scales.shape, np.int32),
-        schema.TensorType.FLOAT16,
-    )
+        f"{name}_scales",np.array(weight.scales.shape, np.int32), schema.TensorType.FLOAT16)
     blocks.buffer = buffer_of(blocks.name, lambda: weight.scales.astype("<f2"))
     graph.tensors.append(blocks)
-    scales.detailsType, scales.details = (
-        schema.QuantizationDetails.BlockwiseQuantization,
-        schema.BlockwiseQuantizationT(),
-    )
+    scales.detailsType, scales.details = (schema.QuantizationDetails.BlockwiseQuantization,
+                                          schema.BlockwiseQuantizationT())
     scales.details.scales, scales.details.zeroPoints = len(graph.tensors) - 1, -1
     scales.details.blockSize = weight.block
 
 # %% ../nbs/21_conversion.ipynb #3cc8777e
 def insert_weights(
-    model, weights: Mapping[str, Quantized | np.ndarray]
-) -> list[tuple[int, np.ndarray]]:
+    model, weights: Mapping[str, Quantized | np.ndarray]) -> list[tuple[int, np.ndarray]]:
     """Makes constants of the inputs that `weights` names, in every entry; gives each new
     buffer's number and content, once."""
     from ai_edge_litert import schema_py_generated as schema
@@ -90,8 +82,7 @@ ALIGNMENT = 64
 
 # %% ../nbs/21_conversion.ipynb #mv157f22
 def write_program(
-    path: Path, program: bytes, weights: Mapping[str, Quantized | np.ndarray]
-) -> None:
+    path: Path, program: bytes, weights: Mapping[str, Quantized | np.ndarray]) -> None:
     """Writes a program with its weights: a small head that says where they lie, then their
     bytes, once for all entries."""
     import flatbuffers
@@ -128,30 +119,20 @@ def read_program(path: Path) -> dict[str, Quantized | np.ndarray]:
             return data[buffer.offset:buffer.offset + buffer.size].view(dtype)
         for tensor in graph.tensors:
             name, scales = tensor.name.decode(), tensor.quantization
-            if (
-                not model.buffers[tensor.buffer].offset
-                or name in weights
-                or name.endswith("_scales")
-            ):
+            if (not model.buffers[tensor.buffer].offset or name in weights
+                or name.endswith("_scales")):
                 continue
             if tensor.type == schema.TensorType.FLOAT32:
                 weights[name] = content(tensor, "<f4")
             elif tensor.type == schema.TensorType.INT8:
-                weights[name] = Quantized(
-                    content(tensor, np.int8).reshape(tensor.shape),
-                    scales.scale[:, None],
-                    8,
-                    int(tensor.shape[1]),
-                )
+                weights[name] = Quantized(content(tensor, np.int8).reshape(tensor.shape),
+                                          scales.scale[:, None], 8, int(tensor.shape[1]))
             elif tensor.type == schema.TensorType.INT4:
                 blocks = graph.tensors[scales.details.scales]
                 values = unpack_int4(content(tensor, np.uint8), tuple(tensor.shape))
                 weights[name] = Quantized(
-                    values,
-                    content(blocks, "<f2").reshape(blocks.shape).astype(np.float32),
-                    4,
-                    scales.details.blockSize,
-                )
+                    values,content(blocks, "<f2").reshape(blocks.shape).astype(np.float32), 4,
+                    scales.details.blockSize)
     return weights
 
 # %% ../nbs/21_conversion.ipynb #40cc0785
@@ -163,15 +144,8 @@ def block_pass(
     into_qkv = normed(x, weights["attention_norm"], config.norm_eps)
     qkv, mixed = into_qkv @ weights["wqkv"].T, np.empty_like(x)
     cache, = Cache(dataclasses.replace(config, n_layers=1, context_length=count), 1).blocks
-    attend_rows(
-        qkv,
-        np.zeros(count, np.int32),
-        np.arange(count, dtype=np.int32),
-        *angles,
-        *cache,
-        mixed,
-        config.sliding_window or count
-    )
+    attend_rows(qkv, np.zeros(count, np.int32), np.arange(count, dtype=np.int32), *angles, *cache,
+                mixed, config.sliding_window or count)
     x = x + mixed @ weights["wo"].T
     into_w13 = normed(x, weights["ffn_norm"], config.norm_eps)
     gate, up = np.split(into_w13 @ weights["w13"].T, 2, axis=-1)
@@ -184,8 +158,7 @@ CALIBRATION = 256
 def calibration_text() -> str:
     "A text of many kinds, to see how large features get."
     return (importlib.resources.files("llama_nb") / "data" / "calibration.txt").read_text(
-        encoding="utf-8"
-    )
+        encoding="utf-8")
 
 # %% ../nbs/21_conversion.ipynb #d66a3a5f
 def balance(before: np.ndarray, matrix: np.ndarray, rows: np.ndarray) -> None:
@@ -193,8 +166,7 @@ def balance(before: np.ndarray, matrix: np.ndarray, rows: np.ndarray) -> None:
     factor (Xiao et al. 2023, SmoothQuant, equation 4); `before` (features, ...) makes the
     features, `rows` are some of them. The product stays what it was."""
     factor = np.sqrt(
-        np.maximum(np.abs(rows).max(axis=0), 1e-5) / np.maximum(np.abs(matrix).max(axis=0), 1e-5)
-    )
+        np.maximum(np.abs(rows).max(axis=0), 1e-5) / np.maximum(np.abs(matrix).max(axis=0), 1e-5))
     before /= factor.reshape(-1, *[1] * (before.ndim - 1))
     matrix *= factor
 
@@ -209,17 +181,14 @@ def balance_block(weights: dict[str, np.ndarray], rows: Mapping[str, np.ndarray]
 def head_tensors(read: Callable, config: LlamaConfig) -> dict[str, np.ndarray]:
     "The weights of the head: the last norm, and the output matrix or the table that stands for it."
     output = "tok_embeddings.weight" if config.tied else "output.weight"
-    return dict(
-        norm_weight=np.array(read("norm.weight"), np.float32),
-        output=np.array(read(output), np.float32),
-    )
+    return dict(norm_weight=np.array(read("norm.weight"), np.float32),
+                output=np.array(read(output), np.float32))
 
 def embedding_table(read: Callable, dtype: str) -> np.ndarray:
     "The embedding as a table of records: int8 values and the row's scale."
     table = quantize_tensor("tok_embeddings.weight", read("tok_embeddings.weight"), dtype)
     records = np.empty(
-        len(table.values), [("values", "i1", table.values.shape[1:]), ("scale", "<f4")]
-    )
+        len(table.values), [("values", "i1", table.values.shape[1:]), ("scale", "<f4")])
     records["values"], records["scale"] = table.values, table.scales[:, 0]
     return records
 
@@ -236,10 +205,8 @@ def file_sizes(config: LlamaConfig, dtype: str) -> dict[str, int]:
     block = sum(math.prod(shapes[name]) for name in ("wqkv", "wo", "w13", "w2"))
     table = config.vocab_size * (config.dim + 4)
     sizes = {"tok_embeddings.npy": table, "rope.npy": 4 * config.context_length * config.head_dim}
-    return sizes | {
-        name: table if name == "head.tflite" else int(block * per_weight)
-        for name in program_names(config)
-    }
+    return sizes | {name: table if name == "head.tflite" else int(block * per_weight)
+                    for name in program_names(config)}
 
 # %% ../nbs/21_conversion.ipynb #5fe35ae2
 def file_writers(read: Callable, config: LlamaConfig, dtype: str, ids: Sequence[int]):
@@ -248,21 +215,16 @@ def file_writers(read: Callable, config: LlamaConfig, dtype: str, ids: Sequence[
     from llama_nb.rope import rope_tables
     table = embedding_table(read, dtype)
     x, angles = table["values"][ids] * table["scale"][ids, None], np.stack(
-        rope_tables(config.context_length, config.head_dim, config.rope_theta, config.rope_scaling)
-    )
+        rope_tables(config.context_length, config.head_dim, config.rope_theta, config.rope_scaling))
     yield "tok_embeddings.npy", lambda path: np.save(path, table)
     yield "rope.npy", lambda path: np.save(path, angles)
 
     def write(prefix, weights, rows, program, path):
         importance = {name: np.mean(np.square(values), axis=0) for name, values in rows.items()}
-        write_program(
-            path,
-            program,
-            {
-                name: quantize_tensor(prefix + name, values, dtype, importance.get(name))
-                for name, values in weights.items()
-            },
-        )
+        write_program(path,
+                      program,
+                      {name: quantize_tensor(prefix + name, values, dtype, importance.get(name))
+                       for name, values in weights.items()})
     block, head = (compile_programs(config, names) for names in (("before", "after"), ("head",)))
     *layers, last = program_names(config)
     for layer, name in enumerate(layers):
@@ -272,11 +234,8 @@ def file_writers(read: Callable, config: LlamaConfig, dtype: str, ids: Sequence[
         yield name, functools.partial(write, f"layers.{layer}.", weights, rows, block)
     weights = head_tensors(read, config)
     if dtype == "int8":
-        balance(
-            weights["norm_weight"],
-            weights["output"],
-            normed(x, weights["norm_weight"], config.norm_eps),
-        )
+        balance(weights["norm_weight"], weights["output"],
+                normed(x, weights["norm_weight"], config.norm_eps))
     yield last, functools.partial(write, "", weights, {}, head)
 
 # %% ../nbs/21_conversion.ipynb #b705b5ad
@@ -315,8 +274,7 @@ def begin(folder: Path, job: dict, sizes: Mapping[str, int]) -> None:
     note = folder / "unfinished.json"
     if (folder / "manifest.json").exists():
         raise CheckpointError(
-            f"{folder}: holds a converted model already; an empty or new folder was expected"
-        )
+            f"{folder}: holds a converted model already; an empty or new folder was expected")
     if note.exists():
         if note.read_text() != to_json(job):
             raise CheckpointError(
@@ -336,8 +294,7 @@ def check_disk(folder: Path, needed: int) -> None:
     "Refuses to begin what the disk cannot hold."
     if needed > (free := shutil.disk_usage(folder).free):
         raise CheckpointError(
-            f"{folder}: {needed / 1e9:.2f} GB of disk are needed, {free / 1e9:.2f} GB are free"
-        )
+            f"{folder}: {needed / 1e9:.2f} GB of disk are needed, {free / 1e9:.2f} GB are free")
 
 # %% ../nbs/21_conversion.ipynb #d345cb9b
 def write_tokenizer(tokenizer: Tokenizer, path: Path) -> None:
@@ -350,24 +307,15 @@ def write_tokenizer(tokenizer: Tokenizer, path: Path) -> None:
 # %% ../nbs/21_conversion.ipynb #262c18a9
 def describe_job(checkpoint, dtype: str) -> dict:
     "What is converted, and by what: a conversion goes on only if all of this is the same."
-    path, versions = checkpoint.path, {
-        name: importlib.metadata.version(name)
-        for name in ("llama_nb", "tensorflow", "ai-edge-litert")
-    }
+    path, versions = checkpoint.path, {name: importlib.metadata.version(name)
+                                       for name in ("llama_nb", "tensorflow", "ai-edge-litert")}
     found = sorted(path.iterdir()) if path.is_dir() else [path]
-    source = {
-        file.name: [file.stat().st_size, file.stat().st_mtime_ns]
-        for file in found
-        if file.is_file()
-    }
+    source = {file.name: [file.stat().st_size, file.stat().st_mtime_ns] for file in found
+              if file.is_file()}
     return dict(
-        format=FORMAT,
-        dtype=dtype,
-        config=dataclasses.asdict(checkpoint.config),
-        source=source,
+        format=FORMAT,dtype=dtype, config=dataclasses.asdict(checkpoint.config), source=source,
         versions=versions,
-        tensors={name: [list(tensor.shape), tensor.stored] for name, tensor in checkpoint.items()},
-    )
+        tensors={name: [list(tensor.shape), tensor.stored] for name, tensor in checkpoint.items()})
 
 # %% ../nbs/21_conversion.ipynb #cf0af3ea
 def steady_checkpoint(checkpoint: Checkpoint) -> Checkpoint:
@@ -375,8 +323,7 @@ def steady_checkpoint(checkpoint: Checkpoint) -> Checkpoint:
     steady = getattr(checkpoint.config.rope_scaling, "steady_length", None)
     longest = steady or checkpoint.config.context_length
     config = dataclasses.replace(
-        checkpoint.config, context_length=min(longest, checkpoint.config.context_length)
-    )
+        checkpoint.config, context_length=min(longest, checkpoint.config.context_length))
     return FileCheckpoint(checkpoint.path, config, checkpoint)
 
 def check_blocks(path: Path, config: LlamaConfig, dtype: str) -> None:
@@ -408,23 +355,16 @@ def convert(source, folder, dtype: str = "int8", progress: bool = False) -> Path
     ids = tokenizer.encode(calibration_text())[:min(config.context_length, CALIBRATION)]
     with alone_in(folder):
         begin(folder, job, sizes)
-        bar = tqdm(
-            total=sum(sizes.values()),
-            desc="converting",
-            unit="B",
-            unit_scale=True,
-            disable=None if progress else True,
-        )
+        bar = tqdm(total=sum(sizes.values()), desc="converting", unit="B", unit_scale=True,
+                   disable=None if progress else True)
         for name, write in file_writers(checkpoint.read, config, dtype, ids):
             if not (folder / name).exists():
                 with reading(folder / name), written_whole(folder / name) as part: write(part)
             bar.update(sizes[name])
         bar.close()
         write_tokenizer(tokenizer, folder / "tokenizer.gguf")
-        files = {
-            name: dict(bytes=(folder / name).stat().st_size, sha256=sha256(folder / name))
-            for name in ("tokenizer.gguf", *sizes)
-        }
+        files = {name: dict(bytes=(folder / name).stat().st_size, sha256=sha256(folder / name))
+                 for name in ("tokenizer.gguf", *sizes)}
         content = job | dict(files=files)
         with written_whole(folder / "manifest.json") as part:
             part.write_text(to_json(content | dict(digest=digest(content))))
@@ -454,8 +394,7 @@ def open_converted(folder) -> Converted:
     folder = Path(folder).expanduser()
     if not (folder / "manifest.json").exists():
         raise CheckpointError(
-            f"{folder}: the conversion is not finished; run the same llama-nb convert again"
-        )
+            f"{folder}: the conversion is not finished; run the same llama-nb convert again")
     with reading(folder / "manifest.json", "not a manifest that llama-nb convert wrote"):
         content = json.loads(check_file(folder / "manifest.json").read_text(encoding="utf-8"))
         if content["format"] != FORMAT:
@@ -472,8 +411,7 @@ def open_converted(folder) -> Converted:
         with reading(folder / name):
             if (found := check_file(folder / name).stat().st_size) != expected["bytes"]:
                 raise CheckpointError(
-                    f"{expected['bytes']} bytes were expected, found {found}: cut short?"
-                )
+                    f"{expected['bytes']} bytes were expected, found {found}: cut short?")
     return Converted(folder, content, config)
 
 # %% ../nbs/21_conversion.ipynb #mvbb5856
@@ -489,8 +427,7 @@ def check_content(model: Converted, name: str, file: Path) -> None:
 def check_contents(model: Converted, progress: bool = False) -> None:
     "Compares every file with the manifest's fingerprint of it."
     for name in tqdm(
-        model.manifest["files"], "checking", unit="file", disable=None if progress else True
-    ):
+        model.manifest["files"], "checking", unit="file", disable=None if progress else True):
         check_content(model, name, model.path / name)
 
 # %% ../nbs/21_conversion.ipynb #f133e3d7
@@ -500,24 +437,18 @@ def open_dequantized(model: Converted) -> Checkpoint:
     config = dataclasses.replace(model.config, tied=False)
     hidden, (dim, kv) = padded_hidden(config), (config.dim, config.n_kv_heads * config.head_dim)
     table = np.load(model.path / "tok_embeddings.npy", mmap_mode="r")
-    places = {
-        "attention_norm": ("attention_norm", np.s_[:]),
-        "attention.wq": ("wqkv", np.s_[:dim]),
-        "attention.wk": ("wqkv", np.s_[dim : dim + kv]),
-        "attention.wv": ("wqkv", np.s_[dim + kv :]),
-        "attention.wo": ("wo", np.s_[:]),
-        "ffn_norm": ("ffn_norm", np.s_[:]),
-        "feed_forward.w1": ("w13", np.s_[: config.hidden_dim]),
-        "feed_forward.w3": ("w13", np.s_[hidden : hidden + config.hidden_dim]),
-        "feed_forward.w2": ("w2", np.s_[:, : config.hidden_dim]),
-    }
+    places = {"attention_norm": ("attention_norm", np.s_[:]), "attention.wq": ("wqkv", np.s_[:dim]),
+              "attention.wk": ("wqkv", np.s_[dim : dim + kv]),
+              "attention.wv": ("wqkv", np.s_[dim + kv :]), "attention.wo": ("wo", np.s_[:]),
+              "ffn_norm": ("ffn_norm", np.s_[:]),
+              "feed_forward.w1": ("w13", np.s_[: config.hidden_dim]),
+              "feed_forward.w3": ("w13", np.s_[hidden : hidden + config.hidden_dim]),
+              "feed_forward.w2": ("w2", np.s_[:, : config.hidden_dim])}
 
     @functools.lru_cache(maxsize=1)
     def program(file):
-        return {
-            name: weight.dequantize() if isinstance(weight, Quantized) else weight
-            for name, weight in read_program(model.path / file).items()
-        }
+        return {name: weight.dequantize() if isinstance(weight, Quantized) else weight
+                for name, weight in read_program(model.path / file).items()}
 
     def read(name):
         if name == "tok_embeddings.weight": return table["values"] * table["scale"][:, None]
@@ -529,13 +460,8 @@ def open_dequantized(model: Converted) -> Checkpoint:
     return FileCheckpoint(
         model.path,
         config,
-        {
-            name: LazyTensor(
-                shape, np.dtype(np.float32), model.dtype, functools.partial(read, name)
-            )
-            for name, shape in config.tensor_shapes().items()
-        },
-    )
+        {name: LazyTensor(shape, np.dtype(np.float32), model.dtype, functools.partial(read, name))
+                          for name, shape in config.tensor_shapes().items()})
 
 # %% ../nbs/21_conversion.ipynb #07c141fb
 def machine() -> dict:
@@ -543,29 +469,15 @@ def machine() -> dict:
     try:
         lines = Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines()
         cpu = {
-            key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)
-        }
-        cpu = {
-            key: cpu[key]
-            for key in (
-                "vendor_id",
-                "cpu family",
-                "model",
-                "stepping",
-                "model name",
-                "flags",
-                "Features",
-            )
-            if key in cpu
-        }
+            key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+        cpu = {key: cpu[key]
+               for key in ("vendor_id", "cpu family", "model", "stepping", "model name", "flags",
+                           "Features")
+               if key in cpu}
     except OSError:
         cpu = dict(processor=platform.processor())
-    return dict(
-        cpu=cpu,
-        machine=platform.machine(),
-        system=platform.system(),
-        litert=importlib.metadata.version("ai-edge-litert"),
-    )
+    return dict(cpu=cpu, machine=platform.machine(), system=platform.system(),
+                litert=importlib.metadata.version("ai-edge-litert"))
 
 def states(paths: Iterable[Path]) -> dict[str, list[int]]:
     "What tells whether a file has been touched: size, time, place on the disk."
@@ -584,8 +496,7 @@ class PackedWeights:
         self.model, key = model, digest([model.manifest, machine()])[:16]
         self.home = cache_folder() / "packed" / digest(model.manifest)[:16]
         self.folder, self.programs = self.home / key, [
-            name for name in program_names(model.config) if name in model.manifest["files"]
-        ]
+            name for name in program_names(model.config) if name in model.manifest["files"]]
         self.sources = [model.path / name for name in model.manifest["files"]]
         if not self.is_valid():
             check_contents(model, progress)
@@ -622,12 +533,9 @@ class PackedWeights:
 def open_programs(model: Converted, threads: int, progress: bool = False) -> list[Program]:
     "The programs that a manifest lists, in the order of the pass, with their packed weights."
     packed = PackedWeights(model, progress)
-    programs = [
-        Program(model.path / name, packed.file(name), threads)
-        for name in tqdm(
-            packed.programs, "loading", unit="program", disable=None if progress else True
-        )
-    ]
+    programs = [Program(model.path / name, packed.file(name), threads)
+                for name in tqdm(
+                    packed.programs, "loading", unit="program", disable=None if progress else True)]
     packed.save()
     return programs
 
@@ -640,11 +548,8 @@ def memory_limits() -> list[int]:
         for line in Path("/proc/self/cgroup").read_text().splitlines():
             _, kind, group = line.split(":", 2)
             folder = Path(f"/sys/fs/cgroup/{kind}{group}")
-            for file in (
-                each / name
-                for each in (folder, *folder.parents)
-                for name in ("memory.max", "memory.limit_in_bytes")
-            ):
+            for file in (each / name for each in (folder, *folder.parents)
+                         for name in ("memory.max", "memory.limit_in_bytes")):
                 with contextlib.suppress(OSError, ValueError): limits.append(int(file.read_text()))
     return limits
 
@@ -694,25 +599,15 @@ class LiteRTLlama(ChatLlama):
     @functools.cached_property
     def decoder(self) -> Decoder: return Decoder(self.engine.step, self.config.context_length, ROWS)
 
-    def stream(
-        self,
-        prompt: str | Sequence[int],
-        max_new_tokens: int | None = None,
-        stop: str | Sequence[str] = (),
-        prompt_lookup_num_tokens: int = 0,
-        **sampling,
-    ) -> Stream:
+    def stream(self, prompt: str | Sequence[int], max_new_tokens: int | None = None,
+               stop: str | Sequence[str] = (), prompt_lookup_num_tokens: int = 0,
+               **sampling) -> Stream:
         """As `Llama.stream`. `prompt_lookup_num_tokens`: how many tokens to guess from the text
         so far and verify in one pass; the result is the same, sooner where the text repeats
         itself."""
         most = ROWS - 1
-        check_number(
-            "prompt_lookup_num_tokens",
-            prompt_lookup_num_tokens,
-            int,
-            lambda value: 0 <= value <= most,
-            f"a whole number from 0 to {most}",
-        )
+        check_number("prompt_lookup_num_tokens", prompt_lookup_num_tokens, int,
+                     lambda value: 0 <= value <= most, f"a whole number from 0 to {most}")
         stream = super().stream(prompt, max_new_tokens, stop, **sampling)
         if prompt_lookup_num_tokens:
             stream.advance = PromptLookup(self.decoder, prompt_lookup_num_tokens).advance

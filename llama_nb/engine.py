@@ -20,11 +20,8 @@ def block_programs(config: LlamaConfig) -> dict[str, Callable]:
     the other: TensorFlow functions."""
     import tensorflow as tf
     def norm(x, weight):
-        return (
-            x
-            * tf.math.rsqrt(tf.reduce_mean(tf.square(x), -1, keepdims=True) + config.norm_eps)
-            * weight
-        )
+        return (x * tf.math.rsqrt(tf.reduce_mean(tf.square(x), -1, keepdims=True) + config.norm_eps)
+                * weight)
     def product(x, matrix): return tf.matmul(x, matrix, transpose_b=True)
     def rows(x): return tf.reshape(x, (-1, config.dim))
     def flat(x): return tf.reshape(x, (-1,))
@@ -51,16 +48,9 @@ def program_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
     "The shapes of the weights that the programs take; `wqkv` and `w13` are joined."
     dim, hidden = config.dim, padded_hidden(config)
     qkv = (config.n_heads + 2 * config.n_kv_heads) * config.head_dim
-    return dict(
-        attention_norm=(dim,),
-        wqkv=(qkv, dim),
-        wo=(dim, dim),
-        ffn_norm=(dim,),
-        w13=(2 * hidden, dim),
-        w2=(dim, hidden),
-        norm_weight=(dim,),
-        output=(config.vocab_size, dim),
-    )
+    return dict(attention_norm=(dim,), wqkv=(qkv, dim), wo=(dim, dim), ffn_norm=(dim,),
+                w13=(2 * hidden, dim), w2=(dim, hidden), norm_weight=(dim,),
+                output=(config.vocab_size, dim))
 
 # %% ../nbs/19_cpu_7b.ipynb #18b5be61
 def to_program(entries: Mapping) -> bytes:
@@ -73,8 +63,7 @@ def to_program(entries: Mapping) -> bytes:
         try:tf.saved_model.save(tf.Module(), scratch, signatures=entries)
         finally: logger.setLevel(level)
         return tf.lite.TFLiteConverter.from_saved_model(
-            scratch, signature_keys=list(entries)
-        ).convert()
+            scratch, signature_keys=list(entries)).convert()
 
 # %% ../nbs/19_cpu_7b.ipynb #599c7cf4
 def compile_programs(config: LlamaConfig, names: Sequence[str]) -> bytes:
@@ -97,17 +86,12 @@ def block_tensors(read: Callable, config: LlamaConfig, layer: int) -> dict[str, 
         return [np.array(read(f"layers.{layer}.{part}.weight"), np.float32) for part in parts]
 
     (attention_norm, ffn_norm), w1, w2, w3 = get("attention_norm", "ffn_norm"), *get(
-        "feed_forward.w1", "feed_forward.w2", "feed_forward.w3"
-    )
+        "feed_forward.w1", "feed_forward.w2", "feed_forward.w3")
     below = np.zeros((hidden, config.dim), np.float32)
-    return dict(
-        attention_norm=attention_norm,
-        wqkv=np.concatenate(get("attention.wq", "attention.wk", "attention.wv")),
-        wo=get("attention.wo")[0],
-        ffn_norm=ffn_norm,
-        w13=np.concatenate([w1, below, w3, below]),
-        w2=np.pad(w2, ((0, 0), (0, hidden))),
-    )
+    return dict(attention_norm=attention_norm,
+                wqkv=np.concatenate(get("attention.wq", "attention.wk", "attention.wv")),
+                wo=get("attention.wo")[0], ffn_norm=ffn_norm,
+                w13=np.concatenate([w1, below, w3, below]), w2=np.pad(w2, ((0, 0), (0, hidden))))
 
 # %% ../nbs/19_cpu_7b.ipynb #13a7e77b
 def aligned(size: int) -> np.ndarray:
@@ -126,14 +110,11 @@ class Rows:
     def __init__(self, arrays: Mapping[str, np.ndarray]):
         from ai_edge_litert.tensor_buffer import TensorBuffer
         self.arrays, self.count = arrays, len(arrays["x"])
-        self.buffers = {
-            name: TensorBuffer.create_from_host_memory(array.reshape(-1))
-            for name, array in arrays.items()
-        }
+        self.buffers = {name: TensorBuffer.create_from_host_memory(array.reshape(-1))
+                        for name, array in arrays.items()}
         self.buffers["y"] = self.buffers["x"]
         self.first = functools.cache(
-            lambda count: Rows({name: array[:count] for name, array in arrays.items()})
-        )
+            lambda count: Rows({name: array[:count] for name, array in arrays.items()}))
 
 def new_rows(config: LlamaConfig) -> Rows:
     """Rows for the longest passes, of `ROWS` tokens; `first(count)` takes as many of them as a
@@ -141,8 +122,7 @@ def new_rows(config: LlamaConfig) -> Rows:
     qkv = (config.n_heads + 2 * config.n_kv_heads) * config.head_dim
     widths = dict(x=config.dim, qkv=qkv, mixed=config.dim, logits=config.vocab_size)
     return Rows(
-        {name: aligned(ROWS * width).reshape(ROWS, width) for name, width in widths.items()}
-    )
+        {name: aligned(ROWS * width).reshape(ROWS, width) for name, width in widths.items()})
 
 # %% ../nbs/19_cpu_7b.ipynb #f11a4d6d
 class Program:
@@ -154,13 +134,10 @@ class Program:
         from ai_edge_litert.options import CpuOptions, Options
         cpu = CpuOptions(num_threads=threads, xnnpack_weight_cache_path=str(packed))
         self.model = CompiledModel.from_file(
-            str(path), environment=quiet_environment(), options=Options(cpu_options=cpu)
-        )
+            str(path), environment=quiet_environment(), options=Options(cpu_options=cpu))
         entries = map(self.model.get_signature_by_index, range(self.model.get_num_signatures()))
-        self.entries = {
-            entry["key"]: (index, entry["inputs"], entry["outputs"])
-            for index, entry in enumerate(entries)
-        }
+        self.entries = {entry["key"]: (index, entry["inputs"], entry["outputs"])
+                        for index, entry in enumerate(entries)}
         self.counts = {}
 
     def run(self, entry: str, rows: Rows) -> None:
@@ -170,8 +147,7 @@ class Program:
                 self.model.resize_input_tensor(place, [rows.arrays[name].size], index)
             self.counts[entry] = rows.count
         self.model.run_by_index(
-            index, *([rows.buffers[name] for name in side] for side in (inputs, outputs))
-        )
+            index, *([rows.buffers[name] for name in side] for side in (inputs, outputs)))
 
 # %% ../nbs/19_cpu_7b.ipynb #mvdea31b
 @functools.cache
@@ -184,8 +160,7 @@ def quiet_environment():
     atexit.register(lambda: os.dup2(os.open(os.devnull, os.O_WRONLY), 2))
     return Environment.create(
         options=EnvironmentOptions(
-            runtime_path=home, compiler_plugin_path=home, dispatch_library_path=home
-        )
+            runtime_path=home, compiler_plugin_path=home, dispatch_library_path=home)
     )
 
 # %% ../nbs/19_cpu_7b.ipynb #5176f00d
@@ -234,19 +209,12 @@ def mix(weights, rows, result):
     whole = count - count % 4
     for row in range(0, whole, 4):
         one, two, three, four = rows[row], rows[row + 1], rows[row + 2], rows[row + 3]
-        by_one, by_two, by_three, by_four = (
-            weights[row],
-            weights[row + 1],
-            weights[row + 2],
-            weights[row + 3],
-        )
+        by_one, by_two, by_three, by_four = (weights[row], weights[row + 1], weights[row + 2],
+                                             weights[row + 3])
         for column in range(width):
-            result[column] += (
-                by_one * np.float32(one[column])
-                + by_two * np.float32(two[column])
-                + by_three * np.float32(three[column])
-                + by_four * np.float32(four[column])
-            )
+            result[column] += (by_one * np.float32(one[column]) + by_two * np.float32(two[column])
+                               + by_three * np.float32(three[column])
+                               + by_four * np.float32(four[column]))
     for row in range(whole, count):
         for column in range(width): result[column] += weights[row] * np.float32(rows[row, column])
 
@@ -276,32 +244,19 @@ class Cache:
 
     def __init__(self, config: LlamaConfig, slots: int):
         shape = slots, config.n_kv_heads, config.context_length
-        self.blocks = [
-            (
-                np.zeros((*shape, config.head_dim), np.int8),
-                np.zeros(shape, np.float32),
-                np.zeros((*shape, config.head_dim), np.int8),
-                np.zeros(shape, np.float32),
-            )
-            for _ in range(config.n_layers)
-        ]
+        self.blocks = [(np.zeros((*shape, config.head_dim), np.int8), np.zeros(shape, np.float32),
+                        np.zeros((*shape, config.head_dim), np.int8), np.zeros(shape, np.float32))
+                       for _ in range(config.n_layers)]
 
 def cache_bytes(config: LlamaConfig, slots: int = 1) -> int:
     "The memory of a `Cache`."
-    return (
-        slots
-        * config.n_layers
-        * config.n_kv_heads
-        * config.context_length
-        * 2
-        * (config.head_dim + 4)
-    )
+    return (slots * config.n_layers * config.n_kv_heads * config.context_length * 2
+            * (config.head_dim + 4))
 
 # %% ../nbs/19_cpu_7b.ipynb #f250e2ff
 @numba.njit(parallel=True, fastmath=True, cache=True)
 def attend_rows(
-    qkv, slots, places, cos, sin, keys, key_scales, values, value_scales, mixed, window=2**31
-):
+    qkv, slots, places, cos, sin, keys, key_scales, values, value_scales, mixed, window=2**31):
     """Attention for one block. Each row of `qkv`, (rows, (heads + 2 kv_heads) * head_dim), is a
     token at its place of the text in its slot.
 
@@ -326,28 +281,19 @@ def attend_rows(
             slot, place = slots[row], places[row]
             first, end = max(0, place + 1 - window), place + 1
             for head in range(kv_head * group, (kv_head + 1) * group):
-                query, result = (
-                    qkv[row, head * width : (head + 1) * width],
-                    mixed[row, head * width : (head + 1) * width],
-                )
+                query, result = (qkv[row, head * width : (head + 1) * width],
+                                 mixed[row, head * width : (head + 1) * width])
                 turn(query, cos[place], sin[place])
-                attend(
-                    query,
-                    keys[slot, kv_head, first:end],
-                    key_scales[slot, kv_head, first:end],
-                    values[slot, kv_head, first:end],
-                    value_scales[slot, kv_head, first:end],
-                    weights,
-                    result,
-                )
+                attend(query, keys[slot, kv_head, first:end], key_scales[slot, kv_head, first:end],
+                       values[slot, kv_head, first:end], value_scales[slot, kv_head, first:end],
+                       weights, result)
 
 # %% ../nbs/19_cpu_7b.ipynb #a29023c3
 class Blocks:
     "Consecutive blocks of a model: rows go through them, keys and values into a cache."
 
     def __init__(
-        self, programs: Sequence[Program], angles: np.ndarray, config: LlamaConfig, threads: int
-    ):
+        self, programs: Sequence[Program], angles: np.ndarray, config: LlamaConfig, threads: int):
         self.programs, self.angles, self.threads = programs, angles, threads
         self.window = config.sliding_window or config.context_length
 
@@ -355,16 +301,12 @@ class Blocks:
         """A token at its place of the text in its slot, for each row; a row's result takes its
         place."""
         numba.set_num_threads(min(self.threads, numba.config.NUMBA_NUM_THREADS))
-        arrays, slots, places = (
-            rows.arrays,
-            np.asarray(slots, np.int32),
-            np.asarray(places, np.int32),
-        )
+        arrays, slots, places = (rows.arrays, np.asarray(slots, np.int32),
+                                 np.asarray(places, np.int32))
         for program, kept in zip(self.programs, cache.blocks):
             program.run("before", rows)
             attend_rows(
-                arrays["qkv"], slots, places, *self.angles, *kept, arrays["mixed"], self.window
-            )
+                arrays["qkv"], slots, places, *self.angles, *kept, arrays["mixed"], self.window)
             program.run("after", rows)
 
 class Engine:
@@ -397,14 +339,8 @@ class Engine:
         self.head.run("head", last)
         return last.arrays["logits"].copy()
 
-    def rows(
-        self,
-        ids: Sequence[int],
-        slots: Sequence[int],
-        places: Sequence[int],
-        wanted: Sequence[int],
-        cache: Cache,
-    ) -> np.ndarray:
+    def rows(self, ids: Sequence[int], slots: Sequence[int], places: Sequence[int],
+             wanted: Sequence[int], cache: Cache) -> np.ndarray:
         """One pass: a token at its place of the text in its slot, for each row; gives logits
         (wanted, vocab)."""
         rows = self.embed(ids)
@@ -415,10 +351,5 @@ class Engine:
         """What chapter 9's `Decoder` asks for: ids (1, seq) from place `start`, to logits (last,
         vocab)."""
         count = ids.shape[1]
-        return self.rows(
-            ids[0],
-            np.zeros(count),
-            start + np.arange(count),
-            np.arange(count - last, count),
-            self.cache,
-        )
+        return self.rows(ids[0], np.zeros(count), start + np.arange(count),
+                         np.arange(count - last, count), self.cache)

@@ -204,8 +204,7 @@ def quiet_start():
     kept = os.dup(2)
     try:
         with open(os.devnull, "wb") as nowhere, open(
-            kept, "w", buffering=1, errors="backslashreplace", closefd=False
-        ) as copy:
+            kept, "w", buffering=1, errors="backslashreplace", closefd=False) as copy:
             if before is sys.__stderr__: sys.stderr = copy
             os.dup2(nowhere.fileno(), 2)
             try:

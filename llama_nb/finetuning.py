@@ -22,15 +22,13 @@ def projections(model: keras.Model, parts=PROJECTIONS) -> list[keras.layers.Dens
     "Those matrices of a model's blocks, in the checkpoint's order."
     if unknown := set(parts) - set(PROJECTIONS):
         raise CheckpointError(
-            f"parts should be among {', '.join(PROJECTIONS)}, found {', '.join(sorted(unknown))}"
-        )
+            f"parts should be among {', '.join(PROJECTIONS)}, found {', '.join(sorted(unknown))}")
     blocks = [layer for layer in model_layers(model).values() if isinstance(layer, Block)]
     return [attrgetter(part)(block) for block in blocks for part in PROJECTIONS if part in parts]
 
 # %% ../nbs/24_finetuning.ipynb #mvb9c20a
 def add_lora(
-    model: keras.Model, rank: int = 8, parts=("attention.wq", "attention.wv")
-) -> keras.Model:
+    model: keras.Model, rank: int = 8, parts=("attention.wq", "attention.wv")) -> keras.Model:
     """Freezes a model and gives these projections of each block an adapter, which alone can be
     trained (Hu et al. 2022, sections 4 and 7.1)."""
     chosen = projections(model, parts)
@@ -48,11 +46,8 @@ def adapted_layers(model: keras.Model) -> list[keras.layers.Dense]:
 
 def adapter_variables(model: keras.Model) -> list[keras.Variable]:
     "The thin matrices of an adapted model."
-    return [
-        variable
-        for dense in adapted_layers(model)
-        for variable in (dense.lora_kernel_a, dense.lora_kernel_b)
-    ]
+    return [variable for dense in adapted_layers(model)
+            for variable in (dense.lora_kernel_a, dense.lora_kernel_b)]
 
 def save_lora(path, model: keras.Model) -> None:
     "Writes a model's adapters into one file."
@@ -65,14 +60,10 @@ def load_lora(path, model: keras.Model) -> keras.Model:
     values, record = load_state(path)
     if not {"rank", "parts"} <= record.keys():
         raise CheckpointError(
-            f"{path}: should hold adapters, their rank and parts, found {', '.join(record)}"
-        )
+            f"{path}: should hold adapters, their rank and parts, found {', '.join(record)}")
     rank, parts = record["rank"], record["parts"]
-    expected = [
-        shape
-        for dense in projections(model, parts)
-        for shape in ((dense.kernel.shape[0], rank), (rank, dense.kernel.shape[1]))
-    ]
+    expected = [shape for dense in projections(model, parts)
+                for shape in ((dense.kernel.shape[0], rank), (rank, dense.kernel.shape[1]))]
     if [value.shape for value in values] != expected:
         raise CheckpointError(f"{path}: these adapters are for another model")
     for variable, value in zip(adapter_variables(add_lora(model, rank, parts)), values):

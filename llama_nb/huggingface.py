@@ -101,14 +101,12 @@ def hf_tensors(folder: Path) -> dict[str, LazyTensor]:
                           f"their shards was expected, found {found}")
 
 # %% ../nbs/13_huggingface.ipynb #1cf36787
-HF_NAMES = {
-    "tok_embeddings": "model.embed_tokens", "norm": "model.norm", "output": "lm_head",
-    "attention_norm": "input_layernorm", "attention.wq": "self_attn.q_proj",
-    "attention.wk": "self_attn.k_proj", "attention.wv": "self_attn.v_proj",
-    "attention.wo": "self_attn.o_proj", "ffn_norm": "post_attention_layernorm",
-    "feed_forward.w1": "mlp.gate_proj", "feed_forward.w2": "mlp.down_proj",
-    "feed_forward.w3": "mlp.up_proj",
-}
+HF_NAMES = {"tok_embeddings": "model.embed_tokens", "norm": "model.norm", "output": "lm_head",
+            "attention_norm": "input_layernorm", "attention.wq": "self_attn.q_proj",
+            "attention.wk": "self_attn.k_proj", "attention.wv": "self_attn.v_proj",
+            "attention.wo": "self_attn.o_proj", "ffn_norm": "post_attention_layernorm",
+            "feed_forward.w1": "mlp.gate_proj", "feed_forward.w2": "mlp.down_proj",
+            "feed_forward.w3": "mlp.up_proj"}
 
 # %% ../nbs/13_huggingface.ipynb #55bd6d9a
 def halves_to_adjacent(matrix: np.ndarray, n_heads: int) -> np.ndarray:

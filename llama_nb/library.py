@@ -34,12 +34,10 @@ def open_model(name, context_length: int | None = None, progress: bool = False):
         checkpoint, tokenizer = open_with_tokenizer(path)
     longest = checkpoint.config.context_length
     if context_length is not None and not (
-        isinstance(context_length, int) and 1 < context_length <= longest
-    ):
+        isinstance(context_length, int) and 1 < context_length <= longest):
         raise GenerationError(f"context_length should be 2 to {longest}, found {context_length!r}")
     config = dataclasses.replace(
-        checkpoint.config, context_length=context_length or min(longest, 2048)
-    )
+        checkpoint.config, context_length=context_length or min(longest, 2048))
     return path, tokenizer, checkpoint, config
 
 # %% ../nbs/29_library.ipynb #43a99cd5
@@ -47,14 +45,8 @@ BYTES = {"float32": 4, "bfloat16": 2}
 
 def cache_bytes(config: LlamaConfig, dtype: str = "float32") -> int:
     "The memory of the keys and values of a whole context."
-    return (
-        2
-        * config.n_layers
-        * config.n_kv_heads
-        * config.context_length
-        * config.head_dim
-        * BYTES[dtype]
-    )
+    return (2 * config.n_layers * config.n_kv_heads * config.context_length * config.head_dim
+            * BYTES[dtype])
 
 def unread_bytes(config: LlamaConfig, dtype: str) -> int:
     """The embedding table's bytes where it isn't the output head as well: a token needs one row
@@ -71,30 +63,15 @@ def memory_table(checkpoint, config: LlamaConfig) -> list[dict]:
     if not isinstance(checkpoint, Checkpoint):
         rows = [("litert", checkpoint.dtype, *checkpoint.memory(config).values())]
     else:
-        rows = [
-            ("keras", dtype, config.n_parameters * size, cache_bytes(config, dtype))
-            for dtype, size in BYTES.items()
-        ]
-        rows += [
-            (
-                "litert",
-                dtype,
-                sum(conversion.file_sizes(config, dtype).values()),
-                engine.cache_bytes(config),
-            )
-            for dtype in conversion.DTYPES
-        ]
+        rows = [("keras", dtype, config.n_parameters * size, cache_bytes(config, dtype))
+                for dtype, size in BYTES.items()]
+        rows += [("litert", dtype, sum(conversion.file_sizes(config, dtype).values()),
+                  engine.cache_bytes(config))
+                 for dtype in conversion.DTYPES]
     available = conversion.available_memory()
-    return [
-        dict(
-            engine=name,
-            dtype=dtype,
-            weights_bytes=weights,
-            cache_bytes=cache,
-            fits=weights + cache <= available,
-        )
-        for name, dtype, weights, cache in rows
-    ]
+    return [dict(engine=name, dtype=dtype, weights_bytes=weights, cache_bytes=cache,
+                 fits=weights + cache <= available)
+            for name, dtype, weights, cache in rows]
 
 # %% ../nbs/29_library.ipynb #9bca04a9
 def describe(
@@ -104,23 +81,13 @@ def describe(
     would take."""
     path, tokenizer, checkpoint, config = open_model(name, context_length, progress)
     engine, dtype = choose_engine(checkpoint, "auto", dtype)
-    stored = (
-        collections.Counter(tensor.stored for tensor in checkpoint.values())
-        if engine == "keras"
-        else {}
-    )
+    stored = (collections.Counter(tensor.stored for tensor in checkpoint.values())
+              if engine == "keras" else {})
     table = memory_table(checkpoint, config)
     (chosen,) = (row for row in table if (row["engine"], row["dtype"]) == (engine, dtype))
-    return dict(
-        path=str(path),
-        family=family(config),
-        **dataclasses.asdict(config),
-        parameters=config.n_parameters,
-        tensors=dict(stored),
-        tokenizer=type(tokenizer).__name__,
-        **chosen,
-        memory=table
-    )
+    return dict(path=str(path), family=family(config), **dataclasses.asdict(config),
+                parameters=config.n_parameters, tensors=dict(stored),
+                tokenizer=type(tokenizer).__name__, **chosen, memory=table)
 
 # %% ../nbs/29_library.ipynb #mv57f3c1
 def choose_engine(checkpoint, engine: str, dtype: str | None) -> tuple[str, str]:
@@ -149,19 +116,10 @@ def check_choice(name: str, value, choices: Iterable[str]) -> None:
         raise GenerationError(f"{name} should be {' or '.join(choices)}, found {value!r}")
 
 # %% ../nbs/29_library.ipynb #6b8167e2
-def load(
-    name,
-    engine: str = "auto",
-    dtype: str | None = None,
-    context_length: int | None = None,
-    threads: int | None = None,
-    progress: bool = False,
-    mesh=None,
-    coordinator: str | None = None,
-    process: int | None = None,
-    ray: str | None = None,
-    sequences: int = 8,
-):
+def load(name, engine: str = "auto", dtype: str | None = None, context_length: int | None = None,
+         threads: int | None = None, progress: bool = False, mesh=None,
+         coordinator: str | None = None, process: int | None = None, ray: str | None = None,
+         sequences: int = 8):
     """A `Llama` from a preset, a folder, a file, or `owner/name` on the Hub.
 
     `engine`: keras, litert (for a model that was converted), or auto, which looks. `dtype`:
@@ -182,13 +140,11 @@ def load(
         check_choice("with Ray, engine", engine, ["auto", "litert"])
     path, tokenizer, checkpoint, config = open_model(name, context_length, progress)
     engine, dtype = choose_engine(
-        checkpoint, "keras" if mesh is not None else "litert" if ray is not None else engine, dtype
-    )
+        checkpoint, "keras" if mesh is not None else "litert" if ray is not None else engine, dtype)
     if mesh is not None:
         from llama_nb.mesh import load_on_mesh
         return load_on_mesh(
-            checkpoint, tokenizer, config, path, mesh, dtype, coordinator, process, progress
-        )
+            checkpoint, tokenizer, config, path, mesh, dtype, coordinator, process, progress)
     if ray is not None:
         from llama_nb.pipeline import Pipeline, RayLlama
         with quiet_start():
@@ -212,21 +168,15 @@ def use_jax(engine: str, threads: int | None) -> None:
         raise GenerationError(f"threads can't be chosen for a mesh, found {threads}")
     if importlib.util.find_spec("jax") is None:
         raise GenerationError(
-            "a mesh needs JAX, which is not installed: pip install 'llama_nb[scale]'"
-        )
+            "a mesh needs JAX, which is not installed: pip install 'llama_nb[scale]'")
     if "keras" not in sys.modules: os.environ["KERAS_BACKEND"] = "jax"
 
 def check_threads(threads: int | None) -> None:
     "Refuses a number of threads that is not 1 to the number of cores, or None for all."
     cores = os.cpu_count()
     if threads is not None:
-        check_number(
-            "threads",
-            threads,
-            int,
-            lambda value: 1 <= value <= cores,
-            f"a whole number from 1 to {cores}, the cores here",
-        )
+        check_number("threads", threads, int, lambda value: 1 <= value <= cores,
+                     f"a whole number from 1 to {cores}, the cores here")
 
 def set_threads(threads: int) -> None:
     "How many threads TensorFlow computes with."
@@ -236,5 +186,4 @@ def set_threads(threads: int) -> None:
         tf.config.threading.set_inter_op_parallelism_threads(threads)
     except RuntimeError:
         raise GenerationError(
-            "threads can only be set before TensorFlow is first used in the process"
-        ) from None
+            "threads can only be set before TensorFlow is first used in the process") from None

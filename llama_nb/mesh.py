@@ -26,18 +26,11 @@ from .tokenizer import Tokenizer
 COLUMNS, ROWS = (None, "model"), ("model", None)
 
 # %% ../nbs/27_mesh.ipynb #mv654b30
-CUTS = {
-    "tok_embeddings/table": ("vocab_size", ROWS),
-    "output/kernel": ("vocab_size", COLUMNS),
-    "wq/kernel": ("n_heads", COLUMNS),
-    "wo/kernel": ("n_heads", ROWS),
-    "wk/kernel": ("n_kv_heads", COLUMNS),
-    "wv/kernel": ("n_kv_heads", COLUMNS),
-    "cache": ("n_kv_heads", (None, "model", None, None)),
-    "w1/kernel": ("hidden_dim", COLUMNS),
-    "w3/kernel": ("hidden_dim", COLUMNS),
-    "w2/kernel": ("hidden_dim", ROWS),
-}
+CUTS = {"tok_embeddings/table": ("vocab_size", ROWS), "output/kernel": ("vocab_size", COLUMNS),
+        "wq/kernel": ("n_heads", COLUMNS), "wo/kernel": ("n_heads", ROWS),
+        "wk/kernel": ("n_kv_heads", COLUMNS), "wv/kernel": ("n_kv_heads", COLUMNS),
+        "cache": ("n_kv_heads", (None, "model", None, None)), "w1/kernel": ("hidden_dim", COLUMNS),
+        "w3/kernel": ("hidden_dim", COLUMNS), "w2/kernel": ("hidden_dim", ROWS)}
 
 # %% ../nbs/27_mesh.ipynb #d4eb12ca
 def layout_map(config: LlamaConfig, mesh) -> keras.distribution.LayoutMap:
@@ -48,8 +41,7 @@ def layout_map(config: LlamaConfig, mesh) -> keras.distribution.LayoutMap:
     if all(count % devices for count in counts.values()):
         named = ", ".join(f"{unit} {count}" for unit, count in counts.items())
         raise GenerationError(
-            f"mesh should divide one of {named}; found {devices} devices, which divide none"
-        )
+            f"mesh should divide one of {named}; found {devices} devices, which divide none")
     for path, (unit, axes) in CUTS.items():
         layout[f"(.*/)?{path}"] = (None,) * len(axes) if counts[unit] % devices else axes
     layout[".*norm/weight"] = (None,)
@@ -62,8 +54,7 @@ def check_layout(variables, layout) -> None:
         size = math.prod(variable.shape) * FLOATS[variable.dtype].itemsize
         if size > 1e6 and layout[variable.path] is None:
             raise GenerationError(
-                f"variable {variable.path} of {size / 1e6:.1f} MB: no rule of the layout names it"
-            )
+                f"variable {variable.path} of {size / 1e6:.1f} MB: no rule of the layout names it")
 
 # %% ../nbs/27_mesh.ipynb #a19a24e8
 def part_reader(tensor: LazyTensor):
@@ -97,8 +88,7 @@ def load_shards(model: keras.Model, checkpoint: Checkpoint, progress: bool = Fal
                 values = read(index[::-1] if turned else index)
                 return finite(name, values.T if turned else values, variable.dtype)
             variable.assign(
-                jax.make_array_from_callback(tuple(variable.shape), variable.value.sharding, part)
-            )
+                jax.make_array_from_callback(tuple(variable.shape), variable.value.sharding, part))
     return model
 
 # %% ../nbs/27_mesh.ipynb #034de806
@@ -114,8 +104,7 @@ class FixedCache:
         put yet, no query looks."""
         def put(old, new):
             return keras.distribution.distribute_tensor(
-                ops.slice_update(old, (0, 0, start, 0), new), self.layout
-            )
+                ops.slice_update(old, (0, 0, start, 0), new), self.layout)
         self.keys, self.values = put(self.keys, keys), put(self.values, values)
         return self.keys, self.values
 
@@ -129,22 +118,17 @@ class MeshStep:
         layers, variables, self.party = model_layers(model), model.variables, party
         cut, everywhere = (
             jax.sharding.NamedSharding(
-                layout["cache"].device_mesh.backend_mesh, jax.sharding.PartitionSpec(*axes)
-            )
+                layout["cache"].device_mesh.backend_mesh, jax.sharding.PartitionSpec(*axes))
             for axes in (layout["cache"].axes, ())
         )
         shape = (1, config.n_kv_heads, config.context_length, config.head_dim)
-        empty = jax.jit(
-            lambda: keras.distribution.distribute_tensor(
-                ops.zeros(shape, layers["norm"].compute_dtype), layout["cache"]
-            )
-        )
+        empty = jax.jit(lambda: keras.distribution.distribute_tensor(
+                            ops.zeros(shape, layers["norm"].compute_dtype), layout["cache"]))
         self.weights = [variable.value for variable in variables]
         self.caches = [(empty(), empty()) for _ in range(config.n_layers)]
 
         @functools.partial(
-            jax.jit, donate_argnums=1, static_argnums=4, out_shardings=(everywhere, cut)
-        )
+            jax.jit, donate_argnums=1, static_argnums=4, out_shardings=(everywhere, cut))
         def program(weights, caches, ids, start, last):
             caches = [FixedCache(*pair, layout["cache"]) for pair in caches]
             with keras.StatelessScope(state_mapping=zip(variables, weights)):
@@ -176,18 +160,14 @@ def check_place(mesh, coordinator: str | None, process: int | None) -> None:
     "Refuses an address or a number that does not go with the mesh."
     processes, _ = parse_mesh(mesh)
     if (processes > 1) != (coordinator is not None):
-        wanted = (
-            f"HOST:PORT of process 0 for a mesh {mesh}"
-            if processes > 1
-            else f"left out for a mesh {mesh} of one process"
-        )
+        wanted = (f"HOST:PORT of process 0 for a mesh {mesh}" if processes > 1
+                  else f"left out for a mesh {mesh} of one process")
         raise GenerationError(f"coordinator should be {wanted}, found {coordinator}")
     if coordinator is not None and not re.fullmatch(r".+:\d{1,5}", coordinator):
         raise GenerationError(f"coordinator should be HOST:PORT, found {coordinator!r}")
     if processes > 1 and process is None or not 0 <= (process or 0) < processes:
         raise GenerationError(
-            f"process should be 0 to {processes - 1} for a mesh {mesh}, found {process}"
-        )
+            f"process should be 0 to {processes - 1} for a mesh {mesh}, found {process}")
 
 # %% ../nbs/27_mesh.ipynb #c0a5d62c
 @contextlib.contextmanager
@@ -207,11 +187,8 @@ def quiet_output(peers):
 # %% ../nbs/27_mesh.ipynb #14giveu1
 def give_up() -> None:
     "Ends this process: another one is gone, and JAX would wait for it, minutes long."
-    print(
-        "llama-nb: another process of the mesh has ended, and so does this one",
-        file=sys.stderr,
-        flush=True,
-    )
+    print("llama-nb: another process of the mesh has ended, and so does this one", file=sys.stderr,
+          flush=True)
     os._exit(2)
 
 # %% ../nbs/27_mesh.ipynb #d6f732c2
@@ -287,16 +264,12 @@ def meet(coordinator: str | None, processes: int, process: int, patience: float 
     host, _, port = coordinator.rpartition(":")
     until = time.monotonic() + patience
     try:
-        peers = (
-            [reach((host, int(port)), process, until)]
-            if process
-            else gather(int(port), processes, until)
-        )
+        peers = ([reach((host, int(port)), process, until)] if process
+                 else gather(int(port), processes, until))
     except (OSError, OverflowError) as error:
         wanted = "answer" if process else "be an address to listen at"
         raise GenerationError(
-            f"coordinator {coordinator} should {wanted}, found: {error}"
-        ) from None
+            f"coordinator {coordinator} should {wanted}, found: {error}") from None
     if not process and len(peers) < processes - 1:
         raise GenerationError(
             f"coordinator {coordinator}: {processes} processes should meet here within {patience:g}"
@@ -314,8 +287,7 @@ def start_mesh(
     check_place(mesh, coordinator, process)
     if (found := keras.backend.backend()) != "jax":
         raise GenerationError(
-            f"a mesh needs KERAS_BACKEND=jax before Keras is imported, found {found}"
-        )
+            f"a mesh needs KERAS_BACKEND=jax before Keras is imported, found {found}")
     import jax
     processes, devices = parse_mesh(mesh)
     with contextlib.suppress(RuntimeError): jax.config.update("jax_num_cpu_devices", devices)
@@ -337,15 +309,8 @@ def start_mesh(
 class MeshLlama(ChatLlama):
     "A `Llama` whose weights and cache lie on the devices of a mesh."
 
-    def __init__(
-        self,
-        model: keras.Model,
-        tokenizer: Tokenizer,
-        config: LlamaConfig,
-        path: Path | None,
-        layout,
-        party: Party,
-    ):
+    def __init__(self, model: keras.Model, tokenizer: Tokenizer, config: LlamaConfig,
+                 path: Path | None, layout, party: Party):
         super().__init__(model, tokenizer, config, path)
         self.layout, self.party = layout, party
 
@@ -355,11 +320,8 @@ class MeshLlama(ChatLlama):
 
     @functools.cached_property
     def decoder(self) -> Decoder:
-        return Decoder(
-            self.step,
-            self.config.context_length,
-            steady=getattr(self.config.rope_scaling, "steady_length", None),
-        )
+        return Decoder(self.step, self.config.context_length,
+                       steady=getattr(self.config.rope_scaling, "steady_length", None))
 
     def logits(self, ids) -> np.ndarray:
         "The logits (tokens, vocab), float32, at every position."
@@ -368,26 +330,15 @@ class MeshLlama(ChatLlama):
 
     def device_bytes(self) -> dict[str, int]:
         "Bytes of weights and cache on each device of this process."
-        shards = [
-            shard
-            for array in (*self.step.weights, *sum(self.step.caches, ()))
-            for shard in array.addressable_shards
-        ]
+        shards = [shard for array in (*self.step.weights, *sum(self.step.caches, ()))
+                  for shard in array.addressable_shards]
         return {str(device): sum(shard.data.nbytes for shard in shards if shard.device == device)
                 for device in dict.fromkeys(shard.device for shard in shards)}
 
 # %% ../nbs/27_mesh.ipynb #e3ceebb9
-def load_on_mesh(
-    checkpoint: Checkpoint,
-    tokenizer: Tokenizer,
-    config: LlamaConfig,
-    path: Path,
-    mesh,
-    dtype: str = "float32",
-    coordinator: str | None = None,
-    process: int | None = None,
-    progress: bool = False,
-) -> MeshLlama:
+def load_on_mesh(checkpoint: Checkpoint, tokenizer: Tokenizer, config: LlamaConfig, path: Path,
+                 mesh, dtype: str = "float32", coordinator: str | None = None,
+                 process: int | None = None, progress: bool = False) -> MeshLlama:
     """A checkpoint's model on a mesh: `8` devices, or `2x4`, 2 processes of 4 devices each. Then
     every process calls this, with its number and the address of process 0, and from then on
     computes what the others compute."""
@@ -396,10 +347,8 @@ def load_on_mesh(
     if party.share(shape) != shape:
         raise GenerationError(f"{path}: should have the shape of process 0's model")
     with quiet_output(party.peers), keras.distribution.ModelParallel(
-        layout_map=layout, batch_dim_name="batch"
-    ).scope():
+        layout_map=layout, batch_dim_name="batch").scope():
         model = build_model(config, dtype)
     check_layout(model.variables, layout)
     return MeshLlama(
-        load_shards(model, checkpoint, progress), tokenizer, config, path, layout, party
-    )
+        load_shards(model, checkpoint, progress), tokenizer, config, path, layout, party)

@@ -47,11 +47,9 @@ def rebuild_tensor(reference, offset, shape, strides, *_) -> StoredTensor:
     return StoredTensor(named(key), named(kind), size, offset, tuple(shape), tuple(strides))
 
 # %% ../nbs/12_meta.ipynb #70505d36
-CALLABLES = {
-    "torch._utils._rebuild_tensor_v2": rebuild_tensor,
-    "torch._utils._rebuild_parameter": lambda tensor, *_: tensor,
-    "collections.OrderedDict": lambda: {},
-}
+CALLABLES = {"torch._utils._rebuild_tensor_v2": rebuild_tensor,
+             "torch._utils._rebuild_parameter": lambda tensor, *_: tensor,
+             "collections.OrderedDict": lambda: {}}
 
 CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()}
 

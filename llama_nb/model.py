@@ -93,14 +93,11 @@ def load_weights(model: keras.Model, checkpoint: Checkpoint, progress: bool = Fa
         problem = "missing" if name in variables else "not one of the model"
         raise CheckpointError(f"{checkpoint.path}: tensor {name} is {problem}")
     for name, variable in variables.items():
-        found, expected = (
-            tuple(checkpoint[name].shape),
-            tuple(variable.shape)[:: -1 if is_transposed(name) else 1],
-        )
+        found, expected = (tuple(checkpoint[name].shape),
+                           tuple(variable.shape)[:: -1 if is_transposed(name) else 1])
         if found != expected:
             raise CheckpointError(
-                f"{checkpoint.path}: tensor {name} should have shape {expected}, found {found}"
-            )
+                f"{checkpoint.path}: tensor {name} should have shape {expected}, found {found}")
     quiet = None if progress else True
     for name, variable in tqdm(variables.items(), "loading", unit="tensor", disable=quiet):
         values = checkpoint.read(name)

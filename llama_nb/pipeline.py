@@ -54,19 +54,15 @@ class Source:
 def part(model: Converted, *names: str) -> Converted:
     "Some files of a converted model."
     return dataclasses.replace(
-        model,
-        manifest=model.manifest
-        | dict(files={name: model.manifest["files"][name] for name in names}),
-    )
+        model,manifest=model.manifest
+        | dict(files={name: model.manifest["files"][name] for name in names}))
 
 def fetch_file(model: Converted, name: str, source) -> Converted:
     """The model in the cache folder, with a file that was fetched there from a `Source` if it
     has not been before."""
     import ray
-    folder, size = (
-        cache_folder() / "blocks" / digest(model.manifest)[:16],
-        model.manifest["files"][name]["bytes"],
-    )
+    folder, size = (cache_folder() / "blocks" / digest(model.manifest)[:16],
+                    model.manifest["files"][name]["bytes"])
     if not (folder / name).exists():
         with written_whole(folder / name) as scratch:
             with open(scratch, "wb") as file:
@@ -81,8 +77,7 @@ class Stage:
     what an actor holds."""
 
     def __init__(
-        self, model: Converted, config: LlamaConfig, layers: range, sequences: int, threads: int
-    ):
+        self, model: Converted, config: LlamaConfig, layers: range, sequences: int, threads: int):
         self.model, self.config, self.threads = model, config, threads
         self.all_rows = new_rows(config)
         self.cache = Cache(dataclasses.replace(config, n_layers=len(layers)), sequences)
@@ -163,28 +158,17 @@ def find_nodes(patience: float) -> list[Node]:
     """The nodes that are there. Nodes on one machine share its memory; none gets more than Ray
     grants it."""
     import ray
-    found = sorted(
-        (node for node in ray.nodes() if node["Alive"]),
-        key=lambda node: (node["NodeManagerAddress"], node["NodeID"]),
-    )
+    found = sorted((node for node in ray.nodes() if node["Alive"]),
+                   key=lambda node: (node["NodeManagerAddress"], node["NodeID"]))
     sharing = collections.Counter(node["NodeManagerAddress"] for node in found)
     asked = [
-        ray.remote(available_memory).options(**on_node(node["NodeID"])).remote() for node in found
-    ]
-    return [
-        Node(
-            node["NodeID"],
-            address := node["NodeManagerAddress"],
-            int(node["Resources"].get("CPU", 1)),
-            int(
-                min(
-                    get_value(free, f"node {address}", patience) / sharing[address],
-                    node["Resources"].get("memory", 0),
-                )
-            ),
-        )
-        for node, free in zip(found, asked)
-    ]
+        ray.remote(available_memory).options(**on_node(node["NodeID"])).remote() for node in found]
+    return [Node(node["NodeID"],
+                 address := node["NodeManagerAddress"],
+                 int(node["Resources"].get("CPU", 1)),
+                 int(min(get_value(free, f"node {address}", patience) / sharing[address],
+                         node["Resources"].get("memory", 0))))
+            for node, free in zip(found, asked)]
 
 # %% ../nbs/28_pipeline.ipynb #9b60549a
 class StageLost(Exception):
@@ -210,51 +194,33 @@ def open_stages(pipeline: "Pipeline") -> None:
     """Fills the stages: actors with the blocks of a model, by what to call them in a complaint.
     Each opens its files."""
     import ray
-    model, config, nodes, patience = (
-        pipeline.model,
-        pipeline.config,
-        find_nodes(pipeline.patience),
-        pipeline.patience,
-    )
+    model, config, nodes, patience = (pipeline.model, pipeline.config,
+                                      find_nodes(pipeline.patience), pipeline.patience)
     *programs, _ = program_names(config)
     a_cache = cache_bytes(dataclasses.replace(config, n_layers=1), pipeline.sequences)
-    shares = split_blocks(
-        [model.manifest["files"][name]["bytes"] + a_cache for name in programs],
-        [node.room for node in nodes],
-    )
+    shares = split_blocks([model.manifest["files"][name]["bytes"] + a_cache for name in programs],
+                          [node.room for node in nodes])
     stages, files = pipeline.stages, {}
     for node, layers in zip(nodes, shares):
         if not layers: continue
         who = f"blocks {layers[0]} to {layers[-1]} on {node.address}"
-        stages[who] = (
-            ray.remote(Stage)
-            .options(**on_node(node.id))
-            .remote(model, config, layers, pipeline.sequences, node.threads)
-        )
+        stages[who] = (ray.remote(Stage) .options(**on_node(node.id))
+                       .remote(model, config, layers, pipeline.sequences, node.threads))
         files[who] = ["rope.npy", *(programs[layer] for layer in layers)]
     seen = {who: stage.sees.remote(files[who]) for who, stage in stages.items()}
     fetching = [who for who in stages if not get_value(seen[who], who, patience)]
     source = fetching and ray.remote(Source).options(
-        **on_node(ray.get_runtime_context().get_node_id())
-    ).remote(model.path)
+        **on_node(ray.get_runtime_context().get_node_id())).remote(model.path)
     try:
-        opening = [
-            (who, stage.open.remote(name, source if who in fetching else None))
-            for who, stage in stages.items()
-            for name in files[who]
-        ]
+        opening = [(who, stage.open.remote(name, source if who in fetching else None))
+                   for who, stage in stages.items() for name in files[who]]
         for who, done in opening: get_value(done, who, patience)
     finally:
         if source: ray.kill(source)
 
 
-def send_rows(
-    stages: Mapping,
-    x: np.ndarray,
-    slots: Sequence[int],
-    places: Sequence[int],
-    wanted: Sequence[int],
-) -> dict:
+def send_rows(stages: Mapping, x: np.ndarray, slots: Sequence[int], places: Sequence[int],
+              wanted: Sequence[int]) -> dict:
     """Hidden states through the stages, without waiting: a reference to what comes out of each;
     of the last, the `wanted` rows only."""
     results, every = {}, range(len(x))
@@ -272,29 +238,13 @@ class Pipeline(Engine):
     where the tokens are chosen. `sequences`: how many texts have room in the caches; `patience`:
     after so many seconds without an answer it is an error."""
 
-    def __init__(
-        self,
-        model: Converted,
-        config: LlamaConfig,
-        address: str = "auto",
-        sequences: int = TOGETHER,
-        threads: int | None = None,
-        patience: float = PATIENCE,
-    ):
-        check_number(
-            "sequences",
-            sequences,
-            int,
-            lambda value: 1 <= value <= ROWS,
-            f"a whole number from 1 to {ROWS}",
-        )
+    def __init__(self, model: Converted, config: LlamaConfig, address: str = "auto",
+                 sequences: int = TOGETHER, threads: int | None = None, patience: float = PATIENCE):
+        check_number("sequences", sequences, int, lambda value: 1 <= value <= ROWS,
+                     f"a whole number from 1 to {ROWS}")
         self.model, self.config, self.sequences, self.patience = model, config, sequences, patience
-        self.threads, self.cache, self.stages, self.attempts = (
-            threads or os.cpu_count(),
-            None,
-            {},
-            ATTEMPTS,
-        )
+        self.threads, self.cache, self.stages, self.attempts = (threads or os.cpu_count(), None, {},
+                                                                ATTEMPTS)
         (head,) = open_programs(part(model, "head.tflite", "tok_embeddings.npy"), self.threads)
         self.open_ends(np.load(model.path / "tok_embeddings.npy", mmap_mode="r"), head)
         self.joined = connect(address)
@@ -394,15 +344,11 @@ class PipelineDecoder(Decoder):
 def write_in_flight(pipeline: Pipeline, streams: Sequence[Stream]) -> list[str]:
     """The texts of several streams, in groups that follow one another through the stages. A
     stream that ends makes room for one that waits."""
-    slots, texts, waiting = (
-        min(len(streams), pipeline.sequences),
-        dict.fromkeys(streams, ""),
-        iter(streams[pipeline.sequences :]),
-    )
+    slots, texts, waiting = (min(len(streams), pipeline.sequences), dict.fromkeys(streams, ""),
+                             iter(streams[pipeline.sequences :]))
     count = min(slots, len(pipeline.stages) + 1)
     groups = [
-        dict(zip(range(first, slots, count), streams[first:slots:count])) for first in range(count)
-    ]
+        dict(zip(range(first, slots, count), streams[first:slots:count])) for first in range(count)]
 
     def send(group):
         *_, last = [

@@ -91,12 +91,8 @@ def check_config(config: LlamaConfig) -> LlamaConfig:
 def family(config: LlamaConfig) -> str:
     "What a model has that LLaMA 1 had not."
     scaling, window = config.rope_scaling, config.sliding_window
-    news = {
-        "grouped queries": config.n_kv_heads < config.n_heads,
-        "tied embeddings": config.tied,
-        f"{scaling and scaling.kind} scaling of positions": scaling,
-        f"a sliding window of {window}": window,
-    }
+    news = {"grouped queries": config.n_kv_heads < config.n_heads, "tied embeddings": config.tied,
+            f"{scaling and scaling.kind} scaling of positions": scaling,
+            f"a sliding window of {window}": window}
     return " with ".join(
-        filter(None, ["LLaMA", ", ".join(name for name, has in news.items() if has)])
-    )
+        filter(None, ["LLaMA", ", ".join(name for name, has in news.items() if has)]))

@@ -59,22 +59,14 @@ def check_number(name: str, value, kind: type, fits, wanted: str) -> None:
         raise GenerationError(f"{name} should be {wanted}, found {value!r}")
 
 # %% ../nbs/08_sampling.ipynb #4dbcb4a1
-RANGES = {
-    "temperature": (
-        float,
-        lambda value: value == 0 or 1e-6 <= value < math.inf,
-        "0 (greedy) or a number from 1e-6 up",
-    ),
-    "top_k": (int, lambda value: value >= 0, "a whole number, 0 or more"),
-    "top_p": (float, lambda value: 0 < value <= 1, "more than 0 and at most 1"),
-    "min_p": (float, lambda value: 0 <= value <= 1, "between 0 and 1"),
-    "repetition_penalty": (
-        float,
-        lambda value: 1e-3 <= value <= 1e3,
-        "a number from 0.001 to 1000",
-    ),
-    "seed": (int, lambda value: value >= 0, "a whole number, 0 or more"),
-}
+RANGES = {"temperature": (float, lambda value: value == 0 or 1e-6 <= value < math.inf,
+                          "0 (greedy) or a number from 1e-6 up"),
+          "top_k": (int, lambda value: value >= 0, "a whole number, 0 or more"),
+          "top_p": (float, lambda value: 0 < value <= 1, "more than 0 and at most 1"),
+          "min_p": (float, lambda value: 0 <= value <= 1, "between 0 and 1"),
+          "repetition_penalty": (float, lambda value: 1e-3 <= value <= 1e3,
+                                 "a number from 0.001 to 1000"),
+          "seed": (int, lambda value: value >= 0, "a whole number, 0 or more")}
 
 # %% ../nbs/08_sampling.ipynb #637a05c5
 @dataclasses.dataclass(frozen=True)
@@ -104,8 +96,7 @@ class Sampler:
         "A function (logits, previous ids) to the next id, with a random generator of its own."
         generator, greedy = np.random.default_rng(self.seed), self.temperature == 0
         return lambda logits, previous_ids=(): draw(
-            self.filter(logits, previous_ids), generator, greedy
-        )
+            self.filter(logits, previous_ids), generator, greedy)
 
 # %% ../nbs/08_sampling.ipynb #b6664a42
 def apply_rules(sampler: Sampler, logits: np.ndarray, previous_ids: Sequence[int]):
@@ -113,8 +104,7 @@ def apply_rules(sampler: Sampler, logits: np.ndarray, previous_ids: Sequence[int
     penalty = sampler.repetition_penalty
     if not np.isfinite(logits.max()):
         raise GenerationError(
-            "logits should be finite, found NaN or infinity: are the weights damaged?"
-        )
+            "logits should be finite, found NaN or infinity: are the weights damaged?")
     if penalty != 1: logits = penalize_repetition(logits, previous_ids, penalty)
     if sampler.temperature == 0: return logits
     if sampler.temperature != 1: logits = logits / np.float32(sampler.temperature)

@@ -57,8 +57,7 @@ def tensor_seconds(config: LlamaConfig, bits: float, machine: Machine, link: Lin
     """Seconds in which `devices`, each with a part of every matrix, compute a token for each
     sequence."""
     together = dataclasses.replace(
-        machine, bandwidth=devices * machine.bandwidth, flops=devices * machine.flops
-    )
+        machine, bandwidth=devices * machine.bandwidth, flops=devices * machine.flops)
     meeting = all_reduce_seconds(link, 2 * config.dim * sequences, devices)
     return pass_seconds(config, bits, together, sequences, context) + 2 * config.n_layers * meeting
 

