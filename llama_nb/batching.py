@@ -35,8 +35,8 @@ class Batch:
 
     def __init__(self, engine: Engine, slots: int, room: int):
         config = dataclasses.replace(engine.config, context_length=room)
-        self.engine, self.cache, self.cached = (engine, Cache(config, slots),
-                                                [[] for _ in range(slots)])
+        self.engine, self.cache = engine, Cache(config, slots)
+        self.cached = [[] for _ in range(slots)]
 
     def advance(self, texts: Mapping[int, Sequence[int]]) -> dict[int, np.ndarray]:
         "texts: slot to ids. Returns slot to logits (vocab,)."

@@ -22,7 +22,7 @@ def measure_speed(advance, reset, config: LlamaConfig) -> dict[str, float]:
     prompt = min(128, config.context_length // 2)
     new = min(16, config.context_length - prompt)
     ids = (np.random.default_rng(0)
-           .integers(config.vocab_size // 2, config.vocab_size, prompt + new) .tolist())
+           .integers(config.vocab_size // 2, config.vocab_size, prompt + new).tolist())
     def seconds(count):
         begin = time.perf_counter()
         advance(ids[:count])

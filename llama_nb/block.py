@@ -16,7 +16,8 @@ from .embedding import _listener, tap
 @keras.saving.register_keras_serializable("llama_nb")
 class RMSNorm(keras.layers.Layer):
     """Divides each vector by its root mean square and scales each feature:
-    `x / sqrt(mean(x^2) + eps) * weight` (Zhang & Sennrich 2019). Computed in float32."""
+    `x / sqrt(mean(x^2) + eps) * weight` (Zhang & Sennrich 2019, equation 4); any shape (..., dim)
+    to the same. Computed in float32."""
 
     def __init__(self, eps: float = 1e-5, **kwargs):
         super().__init__(**kwargs)
@@ -49,7 +50,7 @@ def projection(name: str, inputs: int, outputs: int, initializer, dtype):
 # %% ../nbs/04_block.ipynb #20a1f36a
 @keras.saving.register_keras_serializable("llama_nb")
 class FeedForward(keras.layers.Layer):
-    """SwiGLU (Shazeer 2020): `w2(silu(w1 x) * w3 x)`, without biases;
+    """SwiGLU (Shazeer 2020, equation 6): `w2(silu(w1 x) * w3 x)`, without biases;
     (batch, seq, dim) to the same shape through `hidden_dim`."""
 
     def __init__(self, hidden_dim: int, initializer="glorot_uniform", **kwargs):
@@ -79,7 +80,8 @@ class FeedForward(keras.layers.Layer):
 @keras.saving.register_keras_serializable("llama_nb")
 class Block(keras.layers.Layer):
     """One step of the residual stream: `x + attention(norm(x))`, then
-    `x + feed_forward(norm(x))`. `start` and `cache` are handed through to the attention."""
+    `x + feed_forward(norm(x))`, (batch, seq, dim) to the same shape (Touvron et al. 2023, section
+    2.2). `start` and `cache` are handed through to the attention."""
 
     def __init__(self, attention, feed_forward, eps: float = 1e-5, **kwargs):
         super().__init__(**kwargs)

@@ -27,7 +27,8 @@ def bard_folder() -> Path:
 # %% ../nbs/01_checkpoint.ipynb #8ac8e461
 def ffn_hidden_dim(dim: int, multiple_of: int = 256,
                    ffn_dim_multiplier: float | None = None) -> int:
-    "Two thirds of `4 * dim`, scaled, and rounded up to a multiple of `multiple_of`."
+    """The width of a LLaMA's feed-forward: two thirds of `4 * dim` (Shazeer 2020, section 3), times
+    `multiplier`, rounded up to a multiple of `multiple_of`."""
     hidden = int(2 * 4 * dim / 3)
     if ffn_dim_multiplier is not None:
         hidden = int(ffn_dim_multiplier * hidden)

@@ -46,7 +46,7 @@ def place_weight(tensor, graph, buffer_of: Callable, name: str, weight) -> None:
         name, lambda: pack_int4(weight.values))
     blocks = schema.TensorT()
     blocks.name, blocks.shape, blocks.type = (
-        f"{name}_scales",np.array(weight.scales.shape, np.int32), schema.TensorType.FLOAT16)
+        f"{name}_scales", np.array(weight.scales.shape, np.int32), schema.TensorType.FLOAT16)
     blocks.buffer = buffer_of(blocks.name, lambda: weight.scales.astype("<f2"))
     graph.tensors.append(blocks)
     scales.detailsType, scales.details = (schema.QuantizationDetails.BlockwiseQuantization,
@@ -131,7 +131,7 @@ def read_program(path: Path) -> dict[str, Quantized | np.ndarray]:
                 blocks = graph.tensors[scales.details.scales]
                 values = unpack_int4(content(tensor, np.uint8), tuple(tensor.shape))
                 weights[name] = Quantized(
-                    values,content(blocks, "<f2").reshape(blocks.shape).astype(np.float32), 4,
+                    values, content(blocks, "<f2").reshape(blocks.shape).astype(np.float32), 4,
                     scales.details.blockSize)
     return weights
 
@@ -313,7 +313,7 @@ def describe_job(checkpoint, dtype: str) -> dict:
     source = {file.name: [file.stat().st_size, file.stat().st_mtime_ns] for file in found
               if file.is_file()}
     return dict(
-        format=FORMAT,dtype=dtype, config=dataclasses.asdict(checkpoint.config), source=source,
+        format=FORMAT, dtype=dtype, config=dataclasses.asdict(checkpoint.config), source=source,
         versions=versions,
         tensors={name: [list(tensor.shape), tensor.stored] for name, tensor in checkpoint.items()})
 
@@ -390,7 +390,8 @@ class Converted:
 
 # %% ../nbs/21_conversion.ipynb #44006447
 def open_converted(folder) -> Converted:
-    "Reads a converted model's manifest, and makes sure that its files are there at their sizes."
+    """Reads a converted model's manifest, and makes sure that its files are there at their sizes.
+    Raises CheckpointError."""
     folder = Path(folder).expanduser()
     if not (folder / "manifest.json").exists():
         raise CheckpointError(

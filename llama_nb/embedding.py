@@ -22,7 +22,8 @@ def tap(name: str, value):
 @keras.saving.register_keras_serializable("llama_nb")
 class TokenEmbedding(keras.layers.Layer):
     """A table with one vector per token: ids (batch, seq) to vectors (batch, seq, dim),
-    or, with `reverse`, vectors to logits (batch, seq, vocab) by the same table."""
+    or, with `reverse`, vectors to logits (batch, seq, vocab) by the same table
+    (Press & Wolf 2017)."""
 
     def __init__(self, vocab_size: int, dim: int, initializer="uniform", **kwargs):
         super().__init__(**kwargs)

@@ -249,7 +249,7 @@ class Cache:
                        for _ in range(config.n_layers)]
 
 def cache_bytes(config: LlamaConfig, slots: int = 1) -> int:
-    "The memory of a `Cache`."
+    "The memory of a `Cache`, in bytes."
     return (slots * config.n_layers * config.n_kv_heads * config.context_length * 2
             * (config.head_dim + 4))
 

@@ -17,7 +17,8 @@ from .checkpoint import FLOATS, Checkpoint, CheckpointError, LazyTensor, LlamaCo
 
 # %% ../nbs/10_files.ipynb #00ae1be2
 def check_size(name: str, value, kind: type = int):
-    "The value, if it is a positive number of sensible size, and whole where `kind` is int."
+    """The value, if it is a positive number of sensible size, and whole where `kind` is int; else
+    CheckpointError, which calls it `name`."""
     allowed = (int, float) if kind is float else int
     if isinstance(value, bool) or not isinstance(value, allowed) or not 0 < value < 2**31:
         what = "number" if kind is float else "whole number"
@@ -26,7 +27,8 @@ def check_size(name: str, value, kind: type = int):
 
 # %% ../nbs/10_files.ipynb #789b1295
 def check_file(path) -> Path:
-    "A file that exists and is not empty, a web page or a Git-LFS pointer."
+    """The path of a file that exists and is not empty, a web page or a Git-LFS pointer; else
+    CheckpointError."""
     path = Path(path)
     if os.path.exists(path) and not os.path.isfile(path):
         raise CheckpointError(f"{path}: a file was expected")
@@ -92,7 +94,7 @@ def read_small(path) -> bytes:
 
 # %% ../nbs/10_files.ipynb #mv22463c
 def read_json(path) -> dict:
-    "The object in a JSON file."
+    "The object in a JSON file. Raises CheckpointError if it holds none."
     with reading(path, "not JSON"):
         return parse_json(read_small(path))
 
@@ -121,7 +123,8 @@ def written_whole(path):
 
 # %% ../nbs/10_files.ipynb #9893c434
 def check_room(folder: Path, needed: int) -> None:
-    "A new or an empty folder on a disk with so many bytes free."
+    """Makes sure that a folder is new or empty, on a disk with `needed` bytes free; else
+    CheckpointError."""
     if folder.is_file() or folder.is_dir() and any(folder.iterdir()):
         found = "a file" if folder.is_file() else min(os.listdir(folder))
         raise CheckpointError(f"{folder}: an empty or new folder was expected, found {found}")
@@ -145,7 +148,7 @@ def cache_folder() -> Path:
     return Path(os.environ.get("LLAMA_NB_CACHE") or platformdirs.user_cache_dir("llama_nb"))
 
 def sha256(path) -> str:
-    "The fingerprint of a file."
+    "The SHA-256 of a file, 64 hexadecimal digits."
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

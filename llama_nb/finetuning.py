@@ -50,13 +50,13 @@ def adapter_variables(model: keras.Model) -> list[keras.Variable]:
             for variable in (dense.lora_kernel_a, dense.lora_kernel_b)]
 
 def save_lora(path, model: keras.Model) -> None:
-    "Writes a model's adapters into one file."
+    "Writes a model's adapters into one `.npz` file, which appears whole."
     rank = adapted_layers(model)[0].lora_rank
     parts = [part for part in PROJECTIONS if projections(model, [part])[0].lora_enabled]
     save_state(path, adapter_variables(model), dict(rank=rank, parts=parts))
 
 def load_lora(path, model: keras.Model) -> keras.Model:
-    "Gives a model the adapters of a file."
+    "Gives a model the adapters of a file. Raises CheckpointError unless they fit."
     values, record = load_state(path)
     if not {"rank", "parts"} <= record.keys():
         raise CheckpointError(

@@ -110,7 +110,7 @@ def parse_gguf(path: Path, changed: int, size: int) -> GGUFFile:
 
 # %% ../nbs/14_gguf.ipynb #mvbf90e8
 def read_gguf(path) -> GGUFFile:
-    "The metadata and the tensors, mapped, of a GGUF file."
+    "The metadata and the tensors, mapped, of a GGUF file. Raises CheckpointError."
     status = check_file(path).stat()
     return parse_gguf(Path(path), status.st_mtime_ns, status.st_size)
 
@@ -188,7 +188,8 @@ def gguf_config(path, tensors: Mapping, vocab_size: int | None = None) -> LlamaC
 
 # %% ../nbs/14_gguf.ipynb #f2db1dcd
 def open_gguf(path: Path, vocab_size: int | None = None) -> Checkpoint:
-    "A GGUF file of architecture `llama`; quantized tensors become float32 when read."
+    """The checkpoint in a GGUF file of architecture `llama`; quantized tensors become float32 when
+    read. Raises CheckpointError."""
     with reading(path, "the GGUF file's metadata cannot be used"):
         architecture = gguf_metadata(path, "general.architecture")
         if architecture != "llama":

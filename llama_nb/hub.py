@@ -15,7 +15,8 @@ from .meta import open_meta, open_npy
 
 # %% ../nbs/15_hub.ipynb #ead16040
 def open_checkpoint(path, vocab_size: int | None = None) -> Checkpoint:
-    """The checkpoint in a folder or a file, whatever its form; only the list is read.
+    """The checkpoint in a folder or a file, whatever its form; only the list is read. Raises
+    CheckpointError.
 
     `vocab_size`: the tokenizer's, for a `params.json` that says -1."""
     path = Path(path).expanduser()
@@ -111,7 +112,8 @@ def download(preset: Preset, part: Path, progress: bool = True) -> None:
 
 # %% ../nbs/15_hub.ipynb #71f64d1d
 def fetch(name: str, progress: bool = True) -> Path:
-    "A preset's file, from the cache or downloaded; its sha256 is checked on every use."
+    """A preset's file, from the cache or downloaded; its sha256 is checked on every use. Raises
+    CheckpointError."""
     if name not in PRESETS:
         raise CheckpointError(f"the preset should be one of {', '.join(PRESETS)}, found {name}")
     preset = PRESETS[name]
@@ -204,7 +206,7 @@ def fetch_repository(name: str, progress: bool = True) -> Path:
 # %% ../nbs/15_hub.ipynb #0e2699e0
 def find_model(name, progress: bool = False) -> Path:
     """The folder or file of a preset (bard, or one of `PRESETS`), of a path, or of a repository
-    on the Hub (`owner/name` or `hf://owner/name`)."""
+    on the Hub (`owner/name` or `hf://owner/name`). Raises CheckpointError."""
     if str(name) == "bard":
         return bard_folder()
     if str(name) in PRESETS:

@@ -36,7 +36,8 @@ def safetensors_entry(name: str, entry) -> tuple[np.dtype, tuple[int, ...], int,
 
 # %% ../nbs/13_huggingface.ipynb #01b21052
 def read_safetensors(path) -> dict[str, LazyTensor]:
-    "The tensors of a safetensors file: its header is checked now, the numbers are mapped later."
+    """The tensors of a safetensors file: its header is checked now, the numbers are mapped later.
+    Raises CheckpointError."""
     with (reading(path, "not a safetensors file, or cut short"),
           open(check_file(path), "rb") as file):
         size, length = os.fstat(file.fileno()).st_size, int.from_bytes(file.read(8), "little")
@@ -220,7 +221,8 @@ ROTARY_TABLE = r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq"
 
 # %% ../nbs/13_huggingface.ipynb #mv199578
 def open_hf(folder: Path, vocab_size: int | None = None) -> Checkpoint:
-    "A Hugging Face folder: `config.json` and safetensors or pickles, in one file or many."
+    """The checkpoint in a Hugging Face folder: `config.json` and safetensors or pickles, in one
+    file or many. Raises CheckpointError."""
     found = read_json(folder / "config.json")
     tensors = {name: tensor for name, tensor in hf_tensors(folder).items()
                if not re.fullmatch(ROTARY_TABLE, name)}

@@ -111,7 +111,8 @@ def silence(heads: Sequence[tuple[int, int]]) -> dict[str, Callable]:
 
 # %% ../nbs/25_inside.ipynb #aeb39935
 def lens(llm: Llama, stream: np.ndarray) -> np.ndarray:
-    "What norm and output make of a stream (layers, seq, dim): logits (layers, seq, vocab)."
+    """What norm and output make of a stream (layers, seq, dim): logits (layers, seq, vocab), the
+    logit lens (nostalgebraist 2020)."""
     layers = model_layers(llm.model).items()
     layers = {name: layer for name, layer in layers if not isinstance(layer, Block)}
 

@@ -35,7 +35,7 @@ CUTS = {"tok_embeddings/table": ("vocab_size", ROWS), "output/kernel": ("vocab_s
 # %% ../nbs/27_mesh.ipynb #d4eb12ca
 def layout_map(config: LlamaConfig, mesh) -> keras.distribution.LayoutMap:
     """Where each variable is cut on a `DeviceMesh` with the axis model. What its devices can't
-    share evenly, each has whole."""
+    share evenly, each has whole. (Shoeybi et al. 2019, section 3)"""
     devices, layout = mesh.shape[mesh.axis_names.index("model")], keras.distribution.LayoutMap(mesh)
     counts = {unit: getattr(config, unit) for unit, _ in CUTS.values()}
     if all(count % devices for count in counts.values()):
@@ -348,7 +348,7 @@ def load_on_mesh(checkpoint: Checkpoint, tokenizer: Tokenizer, config: LlamaConf
         raise GenerationError(f"{path}: should have the shape of process 0's model")
     with quiet_output(party.peers), keras.distribution.ModelParallel(
         layout_map=layout, batch_dim_name="batch").scope():
-        model = build_model(config, dtype)
+        model = build_model(config, dtype, "zeros")
     check_layout(model.variables, layout)
     return MeshLlama(
         load_shards(model, checkpoint, progress), tokenizer, config, path, layout, party)

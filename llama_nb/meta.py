@@ -62,7 +62,8 @@ def allowed_name(argument: str) -> str:
 
 # %% ../nbs/12_meta.ipynb #6d9d607b
 def read_pickle(data: bytes):
-    "Reads the pickle of a dictionary of tensors; knows a few instructions and three functions."
+    """The dictionary of tensors in a pickle, of which nothing is executed: a few instructions and
+    three functions are known, anything else raises CheckpointError."""
     stack, marks, memo = [], [], {}
     def above_mark():
         items = stack[(begin := marks.pop()):]
@@ -152,7 +153,8 @@ def read_member(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> bytes:
 
 # %% ../nbs/12_meta.ipynb #2f9ea1f7
 def read_pth(path) -> dict[str, LazyTensor]:
-    "The tensors of a `torch.save` file: its list is read now, the numbers are mapped later."
+    """The tensors of a `torch.save` file: its list is read now, the numbers are
+    mapped later. Raises CheckpointError."""
     with (reading(path, "not a file that torch.save wrote, or cut short"),
           open(check_file(path), "rb") as file, zipfile.ZipFile(file) as archive):
         members = {member.filename: member for member in archive.infolist()}
@@ -258,7 +260,8 @@ def join_shards(name: str, shards: list[LazyTensor],
 
 # %% ../nbs/12_meta.ipynb #ce1f489f
 def open_meta(folder: Path, vocab_size: int | None = None) -> Checkpoint:
-    "Meta's layout: `params.json` and `consolidated.NN.pth`."
+    """The checkpoint in a folder of Meta's layout: `params.json` and `consolidated.NN.pth`. Raises
+    CheckpointError."""
     files = sorted(folder.glob("consolidated.*.pth"))
     shards = [read_pth(path) for path in files]
     for path, shard in zip(files, shards):

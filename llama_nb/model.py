@@ -42,7 +42,7 @@ def forward(layers: dict[str, keras.layers.Layer], ids, start=0, caches=None,
             last: int | None = None):
     """Ids (batch, seq) to float32 logits (batch, seq, vocab); or those of the `last` positions
     only, (batch, last, vocab). `caches`: one per block, for ids that go on from position
-    `start`."""
+    `start`. (Touvron et al. 2023)"""
     x = layers["tok_embeddings"](ids)
     blocks = [layer for layer in layers.values() if isinstance(layer, Block)]
     for block, cache in zip(blocks, caches or [None] * len(blocks), strict=True):
@@ -53,8 +53,9 @@ def forward(layers: dict[str, keras.layers.Layer], ids, start=0, caches=None,
     return tap("logits", ops.cast(logits, "float32"))
 
 # %% ../nbs/07_model.ipynb #51132343
-def build_model(config: LlamaConfig, dtype: str = "float32", initializer="zeros") -> keras.Model:
-    "The functional model, ids (batch, seq) to logits (batch, seq, vocab)."
+def build_model(config: LlamaConfig, dtype: str = "float32", initializer=None) -> keras.Model:
+    """The functional model, int32 ids (batch, seq) to float32 logits (batch, seq, vocab); weights
+    begin as in `make_layers`."""
     ids = keras.Input((None,), dtype="int32", name="ids")
     return keras.Model(ids, forward(make_layers(config, dtype, initializer), ids), name="llama")
 
@@ -86,8 +87,8 @@ def is_transposed(name: str) -> bool:
 
 # %% ../nbs/07_model.ipynb #75472866
 def load_weights(model: keras.Model, checkpoint: Checkpoint, progress: bool = False) -> keras.Model:
-    """Puts a checkpoint's tensors into the model, one at a time. Names and shapes must be the
-    model's, all of them."""
+    """Puts a checkpoint's tensors into the model, one at a time; returns the model. Raises
+    CheckpointError unless names and shapes are the model's, all of them."""
     variables = weight_variables(model)
     for name in sorted(variables.keys() ^ checkpoint.keys()):
         problem = "missing" if name in variables else "not one of the model"

@@ -54,7 +54,7 @@ class Source:
 def part(model: Converted, *names: str) -> Converted:
     "Some files of a converted model."
     return dataclasses.replace(
-        model,manifest=model.manifest
+        model, manifest=model.manifest
         | dict(files={name: model.manifest["files"][name] for name in names}))
 
 def fetch_file(model: Converted, name: str, source) -> Converted:
@@ -204,7 +204,7 @@ def open_stages(pipeline: "Pipeline") -> None:
     for node, layers in zip(nodes, shares):
         if not layers: continue
         who = f"blocks {layers[0]} to {layers[-1]} on {node.address}"
-        stages[who] = (ray.remote(Stage) .options(**on_node(node.id))
+        stages[who] = (ray.remote(Stage).options(**on_node(node.id))
                        .remote(model, config, layers, pipeline.sequences, node.threads))
         files[who] = ["rope.npy", *(programs[layer] for layer in layers)]
     seen = {who: stage.sees.remote(files[who]) for who, stage in stages.items()}

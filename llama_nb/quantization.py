@@ -206,13 +206,15 @@ def log_softmax(logits: np.ndarray) -> np.ndarray:
 
 # %% ../nbs/18_quantization.ipynb #mv02a5bb
 def perplexity(logits: np.ndarray, ids: np.ndarray) -> float:
-    "Of logits (batch, seq, vocab) computed from ids (batch, seq), each about the next id."
+    """Of logits (batch, seq, vocab) computed from ids (batch, seq), each about the next id: e to
+    the mean cross-entropy in nats."""
     def chances(logits, ids): return log_softmax(logits[:-1])[np.arange(len(ids) - 1), ids[1:]]
     found = [chances(*row) for row in zip(logits, ids)]
     return float(np.exp(-np.mean(found, dtype=np.float64)))
 
 def divergence(logits: np.ndarray, others: np.ndarray) -> float:
-    "Kullback-Leibler from `logits` to `others`, (batch, seq, vocab): the mean over all places."
+    """Kullback-Leibler from `logits` to `others`, (batch, seq, vocab): the mean over all places, in
+    nats."""
     def along_row(logits, others):
         expected = log_softmax(logits)
         return np.sum(np.exp(expected) * (expected - log_softmax(others)), axis=-1)

@@ -51,8 +51,8 @@ class RotaryEmbedding(keras.layers.Layer):
     def rows(self, start, count):
         "Cosine and sine of `count` positions from `start`."
         if getattr(self.scaling, "steady_length", None): return rows_by_length(self, start, count)
-        if (isinstance(start, int) and isinstance(count, int)
-            and start + count > self.context_length):
+        known = isinstance(start, int) and isinstance(count, int)
+        if known and start + count > self.context_length:
             raise ValueError(f"{self.name}: positions up to {start + count - 1} were asked for, "
                              f"context_length is {self.context_length}")
         shape = count, self.head_dim // 2

@@ -20,7 +20,8 @@ SPACE = "\u2581"
 
 # %% ../nbs/02_tokenizer.ipynb #mv5b5d7b
 class Piece(NamedTuple):
-    "An entry of the vocabulary; `kind` is one of the six above."
+    """An entry of the vocabulary; `kind`: 1 normal, 2 unknown, 3 control, 4 user-defined,
+    5 unused, 6 byte."""
     text: str
     score: float
     kind: int
@@ -41,7 +42,8 @@ class SentencePieceModel(NamedTuple):
 
 # %% ../nbs/02_tokenizer.ipynb #d03238f5
 def merge_pairs(text: str, scores: dict[str, float]) -> list[str]:
-    "Joins neighbours that together are in `scores`, best score first, then leftmost."
+    """Joins neighbours that together are in `scores`, best score first, then leftmost: byte-pair
+    encoding (Sennrich et al. 2016) as SentencePiece does it (Kudo & Richardson 2018)."""
     symbols, before, queue = list(text), list(range(-1, len(text) - 1)), []
 
     def propose(left, right):

@@ -70,7 +70,7 @@ def train_tokenizer(texts: list[str], vocab_size: int) -> bytes:
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter("".join(texts).splitlines()),model_writer=model,
+            sentence_iterator=iter("".join(texts).splitlines()), model_writer=model,
             vocab_size=vocab_size, model_type="bpe", byte_fallback=True, split_digits=True,
             normalization_rule_name="identity", remove_extra_whitespaces=False,
             allow_whitespace_only_pieces=True, minloglevel=2)

@@ -45,7 +45,7 @@ def read_fields(message: bytes):
 
 # %% ../nbs/16_vocabularies.ipynb #e2129350
 def parse_model(data: bytes) -> SentencePieceModel:
-    "The contents of a `tokenizer.model` file."
+    "The contents of a `tokenizer.model` file. Raises TokenizerError."
     pieces, settings = [], {}
     for number, value in read_fields(data):
         if number == 1:
@@ -536,7 +536,7 @@ def read_tokenizer(path: Path) -> Tokenizer:
 # %% ../nbs/16_vocabularies.ipynb #9013c9fa
 def load_tokenizer(path) -> Tokenizer:
     """The tokenizer of a checkpoint's folder, or in a file: SentencePiece's or tiktoken's
-    `tokenizer.model`, a `tokenizer.json`, a GGUF file. Reads no weights."""
+    `tokenizer.model`, a `tokenizer.json`, a GGUF file. Reads no weights. Raises TokenizerError."""
     path = tokenizer_file(Path(path).expanduser())
     try:
         return read_tokenizer(path)
@@ -550,7 +550,7 @@ def load_tokenizer(path) -> Tokenizer:
 
 # %% ../nbs/16_vocabularies.ipynb #01597526
 def check_vocabulary(path: Path, tokenizer: Tokenizer, rows: int) -> None:
-    "Refuses a tokenizer of another size than the embedding."
+    "Raises TokenizerError where a tokenizer has not the embedding's number of `rows`."
     if rows != tokenizer.vocab_size:
         sizes = f"{tokenizer.vocab_size} pieces, the embedding {rows} rows"
         raise CheckpointError(f"{path}: the tokenizer has {sizes}")
