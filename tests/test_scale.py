@@ -239,9 +239,9 @@ def test_a_part_is_read_from_the_files_that_hold_it(axis, count):
             assert np.shares_memory(found, whole) == (len(needed) == 1)
 
 
-@pytest.mark.parametrize("mesh, found", [("8", (1, 8)), (8, (1, 8)), ("2x4", (2, 4)), ("16x1", (16, 1))])
-def test_mesh_is_devices_or_processes_and_devices(mesh, found):
-    assert mesh.parse_mesh(mesh) == found
+@pytest.mark.parametrize("asked, found", [("8", (1, 8)), (8, (1, 8)), ("2x4", (2, 4)), ("16x1", (16, 1))])
+def test_mesh_is_devices_or_processes_and_devices(asked, found):
+    assert mesh.parse_mesh(asked) == found
 
 
 @pytest.mark.parametrize("options, line", [
