@@ -5,7 +5,8 @@ EXTRAS ?= dev
 DEV = $(VENV)/.$(EXTRAS)
 SUPPORTED := import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))
 PYTHON ?= $(shell for p in python3.11 python3 python3.12 python3.13; do $$p -c '$(SUPPORTED)' 2>/dev/null && { echo $$p; break; }; done)
-QUIETLY := -qq --disable-pip-version-check --no-input
+INSTALL = python -m pip install --disable-pip-version-check --no-input --progress-bar off -e $(1) >$(VENV)/pip.log 2>&1 \
+	|| $(call FAILED,pip could not install the package: $(WHY))
 FAILED = { echo "make $@: $(1)" >&2; exit 1; }
 WHY = $$(grep -aoh "ERROR: .*" $(VENV)/pip.log 2>/dev/null | grep -v present-rich | tail -n 1)
 STRICT = each WARNING or ERROR above names its file and reason
@@ -64,14 +65,12 @@ clean: ## remove what was built (.venv and the per-user cache of weights stay)
 
 $(VENV)/.demo: pyproject.toml | $(BIN)/python
 	@echo "==> installing llama_nb and its pins into $(VENV): about 700 MB and one to five minutes the first time; $(VENV)/pip.log says more"
-	@rm -f $(VENV)/pip.log
-	@python -m pip install $(QUIETLY) --log $(VENV)/pip.log -e . || $(call FAILED,pip could not install the package: $(WHY))
+	@$(call INSTALL,.)
 	@touch $@
 
 $(DEV): pyproject.toml | $(BIN)/python
 	@echo "==> installing llama_nb[$(EXTRAS)] into $(VENV): about 1 GB and two to six minutes the first time; $(VENV)/pip.log says more"
-	@rm -f $(VENV)/pip.log
-	@python -m pip install $(QUIETLY) --log $(VENV)/pip.log -e ".[$(EXTRAS)]" || $(call FAILED,pip could not install the package: $(WHY))
+	@$(call INSTALL,".[$(EXTRAS)]")
 	@touch $@ $(VENV)/.demo
 
 $(BIN)/python:
