@@ -118,7 +118,7 @@ def special_pieces(pieces: Sequence[Piece]) -> frozenset[int]:
 
 # %% ../nbs/16_vocabularies.ipynb #e58da6e4
 class SentencePieceTokenizer(Tokenizer):
-    """A `tokenizer.model` file's bytes. `by_hand`: through this chapter's own encoder;
+    """A `tokenizer.model` file's bytes. `by_hand`: through `HandMadeBPE`;
     None: where TensorFlow isn't running yet and the model allows it."""
 
     def __init__(self, data: bytes, by_hand: bool | None = None):
