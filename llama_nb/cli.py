@@ -145,7 +145,7 @@ def add_writers(commands) -> None:
     train.add_argument("--json", action="store_true", help="print one JSON object")
 
 # %% ../nbs/30_cli.ipynb #aac167de
-def make_parser() -> Parser:
+def make_parser() -> argparse.ArgumentParser:
     "The grammar of `llama-nb`."
     parser = Parser(prog="llama-nb",
                     description="LLaMA in TensorFlow and Keras: the package that the book builds.")

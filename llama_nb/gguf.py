@@ -109,8 +109,9 @@ def parse_gguf(path: Path, changed: int, size: int) -> GGUFFile:
                                  for name, place in places.items()})
 
 # %% ../nbs/14_gguf.ipynb #mvbf90e8
-def read_gguf(path) -> GGUFFile:
-    "The metadata and the tensors, mapped, of a GGUF file. Raises CheckpointError."
+def read_gguf(path):
+    """A GGUF file's metadata, `fields`, and its tensors, mapped, `tensors`, by their names. Raises
+    CheckpointError."""
     status = check_file(path).stat()
     return parse_gguf(Path(path), status.st_mtime_ns, status.st_size)
 

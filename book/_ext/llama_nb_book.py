@@ -155,6 +155,9 @@ def configure(app, config):
     for listeners in app.events.listeners.values():  # thebe names a remote script on every page
         listeners[:] = [listener for listener in listeners if getattr(listener.handler, "__name__", "") not in ("init_thebe_core", "update_thebe_context")]
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    from llama_nb.files import quiet_start
+    with quiet_start():  # what TensorFlow says when the API reference first imports it
+        importlib.import_module("keras")
     log_kernels(Path(app.outdir).parent / "kernels.log")
 
 
