@@ -12,32 +12,31 @@ from .embedding import tap
 
 # %% ../nbs/05_attention.ipynb #eda9a05e
 def split_heads(x, heads: int):
-    "(batch, seq, heads * head_dim) to (batch, heads, seq, head_dim)"
+    "(batch, seq, heads * head_dim) to (batch, heads, seq, head_dim)."
     batch, length, width = ops.shape(x)
     x = ops.reshape(x, (batch, length, heads, width // heads))
     return ops.transpose(x, (0, 2, 1, 3))
 
 def merge_heads(x):
-    "The inverse of `split_heads`."
+    "The inverse of `split_heads`: (batch, heads, seq, head_dim) to (batch, seq, heads * head_dim)."
     batch, heads, length, head_dim = ops.shape(x)
     x = ops.transpose(x, (0, 2, 1, 3))
     return ops.reshape(x, (batch, length, heads * head_dim))
 
 # %% ../nbs/05_attention.ipynb #62e2c7d3
 def causal_scores(q, k, start=0, window=None, mask=None, divisor=None):
-    """`q · k / sqrt(head_dim)` in float32, and -inf where a query may not look: (batch, heads, seq,
-    places).
+    """`q · k / sqrt(head_dim)` in float32, and -inf where a query may not look.
 
-    q (batch, heads, seq, head_dim) is at the positions `start`, `start + 1`, ...; k is (batch,
-    kv_heads, places, head_dim). A query sees itself and what came before it, of that the last
-    `window` positions if given; or what `mask(queries, keys)` says, a function of positions
-    (seq, 1) and (places,). `divisor` replaces the root."""
+    q (batch, heads, seq, head_dim) at positions `start`, `start + 1`, ... and k (batch, kv_heads,
+    keys, head_dim) at positions from 0 give (batch, heads, seq, keys). A query sees the keys up
+    to its own position. `window`: only the last `window` of them. `mask(queries, keys)`, given
+    positions (seq, 1) and (keys,), replaces the causal rule; `divisor` replaces the root."""
     batch, heads, length, head_dim = ops.shape(q)
-    kv_heads, places = ops.shape(k)[1:3]
+    kv_heads, key_length = ops.shape(k)[1:3]
     grouped = ops.reshape(q, (batch, kv_heads, heads // kv_heads, length, head_dim))
-    scores = ops.einsum("bkgqd,bkpd->bkgqp", grouped, k)
-    scores = ops.cast(ops.reshape(scores, (batch, heads, length, places)), "float32")
-    queries, keys = start + ops.expand_dims(ops.arange(length), 1), ops.arange(places)
+    scores = ops.einsum("bhgqd,bhkd->bhgqk", grouped, k)
+    scores = ops.cast(ops.reshape(scores, (batch, heads, length, key_length)), "float32")
+    queries, keys = start + ops.expand_dims(ops.arange(length), 1), ops.arange(key_length)
     visible = keys <= queries if mask is None else mask(queries, keys)
     if window is not None: visible = visible & (queries - keys < window)
     scale = head_dim**-0.5 if divisor is None else 1 / divisor
@@ -45,24 +44,25 @@ def causal_scores(q, k, start=0, window=None, mask=None, divisor=None):
 
 # %% ../nbs/05_attention.ipynb #b60239b5
 def mix_values(weights, v):
-    """Each query's weighted mean of the values: weights (batch, heads, seq, places) and
-    v (batch, kv_heads, places, head_dim) to (batch, heads, seq, head_dim)."""
-    batch, heads, length, places = ops.shape(weights)
+    """Each query's weighted mean of the values: weights (batch, heads, seq, keys) and v (batch,
+    kv_heads, keys, head_dim) to (batch, heads, seq, head_dim)."""
+    batch, heads, length, key_length = ops.shape(weights)
     kv_heads, head_dim = v.shape[1], v.shape[3]
-    grouped = ops.reshape(weights, (batch, kv_heads, heads // kv_heads, length, places))
-    mixed = ops.einsum("bkgqp,bkpd->bkgqd", grouped, v)
+    grouped = ops.reshape(weights, (batch, kv_heads, heads // kv_heads, length, key_length))
+    mixed = ops.einsum("bhgqk,bhkd->bhgqd", grouped, v)
     return ops.reshape(mixed, (batch, heads, length, head_dim))
 
 # %% ../nbs/05_attention.ipynb #576d17a9
 @keras.saving.register_keras_serializable("llama_nb")
 class Attention(keras.layers.Layer):
     """Causal self-attention (Vaswani et al. 2017) with grouped queries (Ainslie et al. 2023),
-    without biases; (batch, seq, dim) to the same shape. `start`: the first token's place.
+    without biases; (batch, seq, dim) to the same shape.
 
-    `position(x, start=start)` turns queries and keys (batch, heads, seq, head_dim) by place.
-    `cache.update(k, v, start)` keeps keys and values, and gives those of all places yet.
-    `window`: how many places a token sees, itself included; all without one.
-    `mask` and `divisor` replace the causal mask and sqrt(head_dim), as in `causal_scores`."""
+    `position(x, start=start)` applies the positions to queries and keys (batch, heads, seq,
+    head_dim). `window`: how many positions a token sees, its own included; None: all up to it.
+    `mask` and `divisor` replace the causal mask and sqrt(head_dim), as in `causal_scores`.
+    In a call, `start` is the first token's position; `cache.update(k, v, start)` stores new keys
+    and values and returns those of all positions so far. A padding mask raises ValueError."""
 
     def __init__(self, n_heads: int, n_kv_heads: int, head_dim: int, position=None,
                  initializer="glorot_uniform", window: int | None = None, mask=None,
@@ -112,5 +112,5 @@ class Attention(keras.layers.Layer):
         return cls(**config | parts)
 
 # %% ../nbs/05_attention.ipynb #mv05ebce
-NO_PADDING = ("{}: a mask of padding arrived, and it is not applied here; put padding behind the "
-              "text, where the causal mask hides it from every token")
+NO_PADDING = ("{}: got a padding mask, which this layer does not apply; put padding after the "
+              "text, where the causal mask hides it from every token of the text")

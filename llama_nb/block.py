@@ -40,7 +40,7 @@ class RMSNorm(keras.layers.Layer):
 
 # %% ../nbs/04_block.ipynb #8daf9135
 def projection(name: str, inputs: int, outputs: int, initializer, dtype):
-    "A matrix without bias, from `inputs` features to `outputs`: a built `Dense`."
+    "A matrix without bias from `inputs` features to `outputs`, as a `Dense` that is already built."
     if isinstance(initializer, keras.initializers.Initializer): initializer = initializer.clone()
     dense = keras.layers.Dense(outputs, use_bias=False, kernel_initializer=initializer,
                                dtype=dtype, name=name)
@@ -50,8 +50,8 @@ def projection(name: str, inputs: int, outputs: int, initializer, dtype):
 # %% ../nbs/04_block.ipynb #20a1f36a
 @keras.saving.register_keras_serializable("llama_nb")
 class FeedForward(keras.layers.Layer):
-    """SwiGLU (Shazeer 2020, equation 6): `w2(silu(w1 x) * w3 x)`, without biases;
-    (batch, seq, dim) to the same shape through `hidden_dim`."""
+    """SwiGLU (Shazeer 2020, equation 6): `w2(silu(w1 x) * w3 x)`, without biases.
+    From (batch, seq, dim) through (batch, seq, hidden_dim) back to (batch, seq, dim)."""
 
     def __init__(self, hidden_dim: int, initializer="glorot_uniform", **kwargs):
         super().__init__(**kwargs)
@@ -79,9 +79,9 @@ class FeedForward(keras.layers.Layer):
 # %% ../nbs/04_block.ipynb #fce780dc
 @keras.saving.register_keras_serializable("llama_nb")
 class Block(keras.layers.Layer):
-    """One step of the residual stream: `x + attention(norm(x))`, then
-    `x + feed_forward(norm(x))`, (batch, seq, dim) to the same shape (Touvron et al. 2023, section
-    2.2). `start` and `cache` are handed through to the attention."""
+    """Adds to the residual stream twice: `x + attention(norm(x))`, then
+    `x + feed_forward(norm(x))`; (batch, seq, dim) to the same shape.
+    `start` and `cache` go to the attention (Touvron et al. 2023, section 2.2)."""
 
     def __init__(self, attention, feed_forward, eps: float = 1e-5, **kwargs):
         super().__init__(**kwargs)
@@ -120,8 +120,8 @@ class Block(keras.layers.Layer):
 # %% ../nbs/04_block.ipynb #577ae345
 @contextlib.contextmanager
 def listening(listener: Callable | None):
-    """Within the block, `listener(name, value)` is handed every value that this thread taps,
-    and what it returns is used in its place."""
+    """Within the `with`, every value that this thread taps goes through `listener(name, value)`,
+    and what the listener returns is used instead of the value."""
     token = _listener.set(listener)
     try:
         yield

@@ -9,22 +9,9 @@ from pathlib import Path
 
 import numpy as np
 
-# %% ../nbs/00_first_words.ipynb #3d387a31
-def complaint(action, *arguments, **options) -> str:
-    "The message of the ValueError in which a call must end."
-    try: action(*arguments, **options)
-    except ValueError as error: return str(error)
-    raise AssertionError(f"{action.__name__} was expected to refuse this")
-
-def scratch_folder() -> Path:
-    "A new folder for files that a chapter writes; it is removed when the process ends."
-    folder = Path(tempfile.mkdtemp())
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    return folder
-
 # %% ../nbs/00_first_words.ipynb #c964a5e4
 def figure_style() -> None:
-    "The look of every figure; matplotlib is imported here, as the package needs none."
+    "Sets matplotlib's defaults for every figure. The package itself does not need matplotlib."
     import matplotlib.pyplot as plt
     colors = ["#0b6e99", "#d9730d", "#448361", "#ad1a72", "#6940a5", "#64473a"]
     plt.rcParams.update({
@@ -34,9 +21,22 @@ def figure_style() -> None:
         "font.size": 10, "axes.titlesize": 11, "axes.prop_cycle": plt.cycler(color=colors),
         "image.cmap": "viridis"})
 
+# %% ../nbs/00_first_words.ipynb #3d387a31
+def complaint(action, *arguments, **options) -> str:
+    "The message of the ValueError that this call must raise."
+    try: action(*arguments, **options)
+    except ValueError as error: return str(error)
+    raise AssertionError(f"{action.__name__} should have raised a ValueError")
+
+def scratch_folder() -> Path:
+    "A new folder, which is removed when the process ends."
+    folder = Path(tempfile.mkdtemp())
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
+
 # %% ../nbs/00_first_words.ipynb #f003a72a
 def is_same(found, expected, tolerance: float) -> bool:
-    "Equal shapes, and numbers that differ by `tolerance` at most; all else must be equal."
+    "The same shape, and numbers within `tolerance`; other things must be equal."
     try:
         close = np.allclose(found, expected, rtol=0, atol=tolerance, equal_nan=True)
         return bool(close) and np.shape(found) == np.shape(expected)
@@ -47,7 +47,7 @@ def is_same(found, expected, tolerance: float) -> bool:
 def check(attempt, reference, *cases, tolerance: float = 1e-5) -> None:
     """Compares a reader's function with the solution and prints the first difference.
 
-    `cases`: the arguments of a call, as a tuple, once or more. It never raises."""
+    `cases`: one tuple of arguments for each call. It never raises."""
     name = attempt.__name__
     for number, arguments in enumerate(cases, 1):
         expected = reference(*arguments)
@@ -66,8 +66,8 @@ def check(attempt, reference, *cases, tolerance: float = 1e-5) -> None:
 def check_properties(attempt, solution, *properties) -> None:
     """Tests a reader's function and prints what is wrong with it.
 
-    `properties`: functions of an attempt that assert what must hold; the message of the assertion
-    says what does not. The solution must pass them all. A wrong attempt never raises."""
+    `properties`: functions that take an attempt and assert what must hold; the message of an
+    assertion says what is wrong. The solution must pass them all. A wrong attempt never raises."""
     for holds in properties: holds(solution)
     name, unsolved = attempt.__name__, []
 

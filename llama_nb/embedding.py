@@ -9,10 +9,9 @@ import contextvars
 import keras
 from keras import ops
 
-# %% ../nbs/03_embedding.ipynb #mv50fb85
+# %% ../nbs/03_embedding.ipynb #mv41e326
 _listener = contextvars.ContextVar("listener", default=None)
 
-# %% ../nbs/03_embedding.ipynb #mv41e326
 def tap(name: str, value):
     "Passes an intermediate value on, by way of this thread's listener if there is one."
     listener = _listener.get()

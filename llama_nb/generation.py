@@ -16,8 +16,7 @@ from .tokenizer import Tokenizer
 
 # %% ../nbs/09_generation.ipynb #d10f243f
 class LayerCache:
-    """Keys and values of one block, (batch, kv_heads, places, head_dim) each: as many places as
-    were computed."""
+    "Keys and values of one block, (1, kv_heads, positions, head_dim) each; `positions` grows."
 
     def __init__(self, config: LlamaConfig, dtype: str):
         import tensorflow as tf
@@ -27,8 +26,8 @@ class LayerCache:
         self.values = tf.Variable(empty, shape=any_length)
 
     def update(self, keys, values, start):
-        """Puts those of new positions at `start`, in the place of what was there; gives those of
-        all positions so far."""
+        """Stores the keys and values of new positions, which begin at `start` and replace what
+        was there. Returns those of all positions so far."""
         import tensorflow as tf
         keys = tf.concat([self.keys[:, :, :start], keys], axis=2)
         values = tf.concat([self.values[:, :, :start], values], axis=2)
@@ -38,8 +37,8 @@ class LayerCache:
 
 # %% ../nbs/09_generation.ipynb #5123362e
 def compile_step(layers: dict, caches: Sequence[LayerCache]):
-    """Compiled: ids (1, seq) that begin at place `start`, to the logits (last, vocab) after the
-    `last` of them. `layers`: `make_layers`' of chapter 7."""
+    """Compiled: ids (1, seq), of which the first is at position `start`, to the logits
+    (last, vocab) after the `last` of them. `layers`: `make_layers` of chapter 7."""
     import tensorflow as tf
     from llama_nb.model import forward
     signature = [tf.TensorSpec(shape, "int32") for shape in ((1, None), (), ())]
@@ -52,30 +51,29 @@ def compile_step(layers: dict, caches: Sequence[LayerCache]):
 # %% ../nbs/09_generation.ipynb #c41b0dd2
 def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
     "How many items two sequences share, counted from the start."
-    differences = (place for place, (x, y) in enumerate(zip(a, b)) if x != y)
+    differences = (index for index, (x, y) in enumerate(zip(a, b)) if x != y)
     return next(differences, min(len(a), len(b)))
 
 # %% ../nbs/09_generation.ipynb #mva1473d
 def check_length(ids: Sequence[int], context_length: int) -> None:
     "Refuses no ids, and more than the context holds."
     if not 0 < len(ids) <= context_length:
-        wanted = f"1 to {context_length} (context_length)"
+        wanted = f"1 to {context_length} tokens (context_length)"
         raise GenerationError(f"ids should be {wanted}, found {len(ids)}")
 
 # %% ../nbs/09_generation.ipynb #e8662eb9
 class Decoder:
     """Knows what the cache of a `step` holds, and computes only what is new. A long prompt is
-    computed in pieces of `chunk` tokens, which bounds the memory that it takes. A text that is
-    longer than `steady` is computed whole each time (`RopeScaling.steady_length`)."""
+    computed in chunks of `chunk` tokens, which bounds the memory. A text of more than `steady`
+    tokens is computed whole each time (`RopeScaling.steady_length`)."""
 
-    def __init__(
-        self, step: Callable, context_length: int, chunk: int = 256, steady: int | None = None):
-        self.step, self.context_length, self.chunk, self.cached_ids = (step, context_length, chunk,
-                                                                       [])
-        self.steady = context_length if steady is None else steady
+    def __init__(self, step: Callable, context_length: int, chunk: int = 256,
+                 steady: int | None = None):
+        self.step, self.context_length, self.chunk = step, context_length, chunk
+        self.steady, self.cached_ids = context_length if steady is None else steady, []
 
     def forget(self) -> None:
-        "The cache is void: what comes next is computed whole."
+        "Declares the cache void: the next text is computed whole."
         self.cached_ids = []
 
     def advance(self, ids: Sequence[int]) -> np.ndarray:
@@ -84,9 +82,9 @@ class Decoder:
 
     def last_logits(self, ids: Sequence[int], count: int) -> np.ndarray:
         "The logits (count, vocab) after each of the last `count` of `ids`."
-        ids, rows = list(ids), []
+        ids, rows, first = list(ids), [], len(ids) - count
         check_length(ids, self.context_length)
-        first, steady = len(ids) - count, len(ids) <= self.steady
+        steady = len(ids) <= self.steady
         known = min(common_prefix(ids, self.cached_ids), first) if steady else 0
         chunk = self.chunk if steady else len(ids)
         self.cached_ids = ids[:known]
@@ -98,6 +96,7 @@ class Decoder:
             if end > first: rows.append(np.asarray(logits))
         return np.concatenate(rows)
 
+# %% ../nbs/09_generation.ipynb #b781475d
 def cached_decoder(model: "keras.Model", config: LlamaConfig, chunk: int = 256) -> Decoder:
     "The decoder of a Keras model."
     from llama_nb.model import model_layers
@@ -109,12 +108,12 @@ def cached_decoder(model: "keras.Model", config: LlamaConfig, chunk: int = 256) 
 # %% ../nbs/09_generation.ipynb #c651e3fb
 def split_at_stop(text: str, stop: Sequence[str]) -> tuple[str, str, bool]:
     "(what can be shown, what may yet begin a stop string, whether one was found)."
-    found = [place for place in (text.find(word) for word in stop) if place >= 0]
-    if found:
-        return text[:min(found)], "", True
-    begins = (size for word in stop for size in range(1, len(word)) if text.endswith(word[:size]))
-    held = max(begins, default=0)
-    return text[:len(text) - held], text[len(text) - held:], False
+    found = [start for start in (text.find(string) for string in stop) if start >= 0]
+    if found: return text[:min(found)], "", True
+    begun = (size for string in stop for size in range(1, len(string))
+             if text.endswith(string[:size]))
+    shown = len(text) - max(begun, default=0)
+    return text[:shown], text[shown:], False
 
 # %% ../nbs/09_generation.ipynb #b192577b
 class Stream:
@@ -127,7 +126,9 @@ class Stream:
         self.prompt_ids, self.new_ids, self.finish_reason = prompt_ids, [], None
         self.prefill_seconds, self.decode_seconds, self.decode_steps = 0.0, 0.0, 0
         self.advance, self.choose = advance, sampler.chooser()
-        self.limits = {"length": max_new_tokens, "context": context_length - len(prompt_ids)}
+        room = context_length - len(prompt_ids)
+        self.limit = room if max_new_tokens is None else min(room, max_new_tokens)
+        self.limit_reason = "length" if self.limit == max_new_tokens else "context"
         self.steps = write_steps(self, tokenizer, stop)
         self.pieces = filter(None, self.steps)
 
@@ -146,42 +147,30 @@ class Stream:
         return id
 
     @property
-    def limit(self) -> int:
-        "At most so many tokens."
-        return min(limit for limit in self.limits.values() if limit is not None)
-
-    @property
     def tokens_per_second(self) -> float:
         "Tokens decoded after the first, per second."
         return self.decode_steps / self.decode_seconds if self.decode_steps else float("nan")
 
 # %% ../nbs/09_generation.ipynb #058e7924
 def write_steps(stream: Stream, tokenizer: Tokenizer, stop: Sequence[str]) -> Iterator[str]:
-    """The loop of a stream: one more id, what of its text can be shown (perhaps nothing yet),
-    and why it ends."""
+    "The loop of a stream: for each new id, the text that can be shown (perhaps none)."
     text, pending = tokenizer.stream(stream.prompt_ids), ""
     while stream.finish_reason is None:
         id = stream.next_id()
-        if id in tokenizer.stop_ids:
-            stream.finish_reason = "end"
+        if id in tokenizer.stop_ids: stream.finish_reason = "end"
         else:
             stream.new_ids.append(id)
             pending += text.push(id)
-            reached = [
-                reason for reason, limit in stream.limits.items() if len(stream.new_ids) == limit]
-            stream.finish_reason = reached[0] if reached else None
-        if stream.finish_reason:
-            pending += text.finish()
+            if len(stream.new_ids) == stream.limit: stream.finish_reason = stream.limit_reason
+        if stream.finish_reason: pending += text.finish()
         piece, pending, stopped = split_at_stop(pending, stop)
-        if stopped:
-            stream.finish_reason = "stop"
-        elif stream.finish_reason:
-            piece += pending
+        if stopped: stream.finish_reason = "stop"
+        elif stream.finish_reason: piece += pending
         yield piece
 
 # %% ../nbs/09_generation.ipynb #bf21a18e
 def check_prompt(prompt: str | Sequence[int], tokenizer: Tokenizer, context_length: int):
-    "The ids of a prompt (text, or ids as they are): one or more, fewer than the context holds."
+    "The ids of a prompt (text or ids): at least one, and fewer than the context holds."
     ids = tokenizer.encode(prompt) if isinstance(prompt, str) else tokenizer.check_ids(prompt)
     if len(prompt) == 0 or not ids:
         raise GenerationError("the prompt should have at least one token, found none")
@@ -192,11 +181,11 @@ def check_prompt(prompt: str | Sequence[int], tokenizer: Tokenizer, context_leng
 
 def check_stop(stop: str | Sequence[str]) -> list[str]:
     "Stop strings as a list."
-    words = [stop] if isinstance(stop, str) else list(stop)
-    if not all(isinstance(word, str) and word for word in words):
+    strings = [stop] if isinstance(stop, str) else list(stop)
+    if not all(isinstance(string, str) and string for string in strings):
         wanted = "one or more texts that are not empty"
         raise GenerationError(f"stop should be {wanted}, found {stop!r}")
-    return words
+    return strings
 
 # %% ../nbs/09_generation.ipynb #2edddb21
 class Llama:
@@ -207,8 +196,7 @@ class Llama:
         self.model, self.tokenizer, self.config, self.path = model, tokenizer, config, path
 
     @functools.cached_property
-    def decoder(self) -> Decoder:
-        return cached_decoder(self.model, self.config)
+    def decoder(self) -> Decoder: return cached_decoder(self.model, self.config)
 
     def stream(self, prompt: str | Sequence[int], max_new_tokens: int | None = None,
                stop: str | Sequence[str] = (), **sampling) -> Stream:
@@ -224,8 +212,8 @@ class Llama:
 
     def generate(self, prompt: str | Sequence[int] | list[str], max_new_tokens: int | None = None,
                  stop: str | Sequence[str] = (), **sampling) -> str | list[str]:
-        """The continuation of a prompt as one text; of a list of prompts, a list. Arguments:
-        `stream`'s."""
+        """The continuation of a prompt as one text; for a list of prompts, a list. Arguments as
+        for `stream`."""
         several = isinstance(prompt, list) and not all(
             isinstance(id, (int, np.integer)) for id in prompt)
         prompts = prompt if several else [prompt]

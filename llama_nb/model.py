@@ -19,15 +19,16 @@ from .rope import RotaryEmbedding
 # %% ../nbs/07_model.ipynb #c07280ca
 def make_layers(config: LlamaConfig, dtype: str = "float32",
                 initializer=None) -> dict[str, keras.layers.Layer]:
-    """The layers of a LLaMA by name, in the order of the pass; all attentions share one rotary
-    embedding. Weights begin as small normal numbers, unless an `initializer` is given."""
+    """The layers of a LLaMA by name, in the order of the forward pass. All attentions share one
+    rotary embedding. Without an `initializer`, weights are drawn with standard deviation 0.02."""
     initializer = initializer or keras.initializers.RandomNormal(stddev=0.02)
     same = dict(initializer=keras.initializers.get(initializer), dtype=dtype)
     heads = config.n_heads, config.n_kv_heads, config.head_dim
     position = RotaryEmbedding(config.head_dim, config.context_length, config.rope_theta,
                                config.rope_scaling, name="rope", dtype=dtype)
     layers = [TokenEmbedding(config.vocab_size, config.dim, name="tok_embeddings", **same)]
-    for name in (f"layers.{index}" for index in range(config.n_layers)):
+    for index in range(config.n_layers):
+        name = f"layers.{index}"
         attention = Attention(*heads, position, window=config.sliding_window,
                               name=f"{name}.attention", **same)
         feed_forward = FeedForward(config.hidden_dim, name=f"{name}.feed_forward", **same)
@@ -40,9 +41,10 @@ def make_layers(config: LlamaConfig, dtype: str = "float32",
 # %% ../nbs/07_model.ipynb #dbbb2cbb
 def forward(layers: dict[str, keras.layers.Layer], ids, start=0, caches=None,
             last: int | None = None):
-    """Ids (batch, seq) to float32 logits (batch, seq, vocab); or those of the `last` positions
-    only, (batch, last, vocab). `caches`: one per block, for ids that go on from position
-    `start`. (Touvron et al. 2023)"""
+    """Float32 logits (batch, seq, vocab) for ids (batch, seq); with `last`, only those of the
+    last positions, (batch, last, vocab). (Touvron et al. 2023)
+
+    `start`: the position of the first id. `caches`: one per block, for the positions before."""
     x = layers["tok_embeddings"](ids)
     blocks = [layer for layer in layers.values() if isinstance(layer, Block)]
     for block, cache in zip(blocks, caches or [None] * len(blocks), strict=True):
@@ -54,14 +56,14 @@ def forward(layers: dict[str, keras.layers.Layer], ids, start=0, caches=None,
 
 # %% ../nbs/07_model.ipynb #51132343
 def build_model(config: LlamaConfig, dtype: str = "float32", initializer=None) -> keras.Model:
-    """The functional model, int32 ids (batch, seq) to float32 logits (batch, seq, vocab); weights
-    begin as in `make_layers`."""
+    """A functional model: int32 ids (batch, seq) to float32 logits (batch, seq, vocab). Weights
+    start as in `make_layers`."""
     ids = keras.Input((None,), dtype="int32", name="ids")
     return keras.Model(ids, forward(make_layers(config, dtype, initializer), ids), name="llama")
 
 # %% ../nbs/07_model.ipynb #9ae8387f
 def model_layers(model: keras.Model) -> dict[str, keras.layers.Layer]:
-    "The layers that `make_layers` made, out of a functional model."
+    "The layers of `make_layers` by name, taken from a functional model."
     return {layer.name: layer for layer in model.layers if layer.weights}
 
 # %% ../nbs/07_model.ipynb #9a2ecf07
@@ -81,25 +83,24 @@ def weight_variables(model: keras.Model) -> dict[str, keras.Variable]:
 
 # %% ../nbs/07_model.ipynb #d7d6d755
 def is_transposed(name: str) -> bool:
-    """Whether the model keeps a tensor as the transpose of the checkpoint's (out, in): all but
-    the embedding table."""
+    "Whether the model keeps a tensor as the transpose of the checkpoint's (out, in)."
     return name != "tok_embeddings.weight"
 
 # %% ../nbs/07_model.ipynb #75472866
 def load_weights(model: keras.Model, checkpoint: Checkpoint, progress: bool = False) -> keras.Model:
-    """Puts a checkpoint's tensors into the model, one at a time; returns the model. Raises
-    CheckpointError unless names and shapes are the model's, all of them."""
+    """Copies a checkpoint's tensors into the model, one at a time; returns the model. Raises
+    CheckpointError, and copies nothing, unless all names and shapes agree."""
     variables = weight_variables(model)
     for name in sorted(variables.keys() ^ checkpoint.keys()):
-        problem = "missing" if name in variables else "not one of the model"
+        problem = "missing" if name in variables else "not in the model"
         raise CheckpointError(f"{checkpoint.path}: tensor {name} is {problem}")
     for name, variable in variables.items():
-        found, expected = (tuple(checkpoint[name].shape),
-                           tuple(variable.shape)[:: -1 if is_transposed(name) else 1])
+        expected, found = tuple(variable.shape), tuple(checkpoint[name].shape)
+        if is_transposed(name): expected = expected[::-1]
         if found != expected:
             raise CheckpointError(
                 f"{checkpoint.path}: tensor {name} should have shape {expected}, found {found}")
-    quiet = None if progress else True
+    quiet = None if progress else True  # None: silent unless a person is watching
     for name, variable in tqdm(variables.items(), "loading", unit="tensor", disable=quiet):
         values = checkpoint.read(name)
         variable.assign(values.T if is_transposed(name) else values)
@@ -107,6 +108,6 @@ def load_weights(model: keras.Model, checkpoint: Checkpoint, progress: bool = Fa
 
 # %% ../nbs/07_model.ipynb #1091ee09
 def read_weight(model: keras.Model, name: str):
-    "A variable's values under its checkpoint name, (out, in): what a checkpoint writer asks for."
+    "The values of one weight by its checkpoint name, (out, in), as a checkpoint stores them."
     values = ops.convert_to_numpy(weight_variables(model)[name])
     return values.T if is_transposed(name) else values

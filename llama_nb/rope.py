@@ -12,30 +12,45 @@ from keras import ops
 
 # %% ../nbs/06_rope.ipynb #3301ddfb
 def rope_frequencies(head_dim: int, theta: float = 10000.0) -> np.ndarray:
-    """The angle by which each of the `head_dim / 2` pairs turns from one position to the next,
-    in radians (Su et al. 2021, section 3.2.2)."""
+    """Radians per position by which each of the `head_dim / 2` pairs turns
+    (Su et al. 2021, section 3.2.2)."""
     return theta ** -(np.arange(0, head_dim, 2) / head_dim)
 
 # %% ../nbs/06_rope.ipynb #ac275970
 def rope_tables(length: int, head_dim: int, theta: float = 10000.0,
                 scaling: Callable | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """Cosine and sine of every position's angles: two (length, head_dim / 2) float32 tables.
+    """Cosine and sine of every position's angles: two float32 tables,
+    (length, head_dim / 2) each.
 
-    `scaling(frequencies, length)` gives other frequencies, and a magnitude for the tables."""
+    `scaling(frequencies, length)` returns other frequencies, and a factor for
+    both tables."""
     frequencies, magnitude = rope_frequencies(head_dim, theta), 1.0
-    if scaling is not None: frequencies, magnitude = scaling(frequencies, length)
+    if scaling is not None:
+        frequencies, magnitude = scaling(frequencies, length)
     angles = np.outer(np.arange(length), frequencies)
     cos, sin = magnitude * np.cos(angles), magnitude * np.sin(angles)
     return cos.astype(np.float32), sin.astype(np.float32)
 
+# %% ../nbs/06_rope.ipynb #6caeaf1a
+def turn_pairs(x, cos, sin):
+    "Turns adjacent pairs of (..., seq, head_dim); tables (seq, head_dim / 2)."
+    shape = ops.shape(x)
+    pairs = ops.reshape(x, (*shape[:-1], x.shape[-1] // 2, 2))
+    pairs = ops.cast(pairs, "float32")
+    a, b = pairs[..., 0], pairs[..., 1]
+    turned = ops.stack([a * cos - b * sin, a * sin + b * cos], axis=-1)
+    return ops.reshape(turned, shape)
+
 # %% ../nbs/06_rope.ipynb #5b58a1f4
 @keras.saving.register_keras_serializable("llama_nb")
 class RotaryEmbedding(keras.layers.Layer):
-    """Turns adjacent pairs of features, (0, 1), (2, 3), ..., of (batch, heads, seq, head_dim)
-    by their position's angles (Su et al. 2021); the first position is `start`.
+    """Turns adjacent pairs of features, (0, 1), (2, 3), ..., of
+    (batch, heads, seq, head_dim) by the angles of their positions; the first
+    position is `start` (Su et al. 2021).
 
-    `scaling(frequencies, length)` changes the frequencies, and gives a magnitude for what is
-    turned; where it has a `steady_length`, longer texts ask it again for each length."""
+    `scaling(frequencies, length)` returns other frequencies, and a factor for the
+    turned features; with a `steady_length` it is asked again for every length.
+    ValueError: a position is not below `context_length`."""
 
     def __init__(self, head_dim: int, context_length: int, theta: float = 10000.0,
                  scaling: Callable | None = None, **kwargs):
@@ -44,35 +59,35 @@ class RotaryEmbedding(keras.layers.Layer):
         self.theta, self.scaling = theta, scaling
         if hasattr(scaling, "get_config"):
             keras.saving.register_keras_serializable("llama_nb")(type(scaling))
-        tables = rope_tables(context_length, head_dim, theta, scaling)
-        self.cos, self.sin = map(ops.convert_to_tensor, tables)
+        cos, sin = rope_tables(context_length, head_dim, theta, scaling)
+        self.cos = ops.convert_to_tensor(cos)
+        self.sin = ops.convert_to_tensor(sin)
         self.built = True
 
     def rows(self, start, count):
-        "Cosine and sine of `count` positions from `start`."
-        if getattr(self.scaling, "steady_length", None): return rows_by_length(self, start, count)
+        "Cosine and sine from position `start` on, (count, head_dim / 2) each."
+        if getattr(self.scaling, "steady_length", None):
+            return rows_by_length(self, start, count)
         known = isinstance(start, int) and isinstance(count, int)
         if known and start + count > self.context_length:
-            raise ValueError(f"{self.name}: positions up to {start + count - 1} were asked for, "
-                             f"context_length is {self.context_length}")
-        shape = count, self.head_dim // 2
-        return [ops.slice(table, (start, 0), shape) for table in (self.cos, self.sin)]
+            raise ValueError(
+                f"{self.name}: positions up to {start + count - 1} were asked for, "
+                f"context_length is {self.context_length}")
+        corner, shape = (start, 0), (count, self.head_dim // 2)
+        return ops.slice(self.cos, corner, shape), ops.slice(self.sin, corner, shape)
 
     def call(self, x, start=0):
-        shape, half = ops.shape(x), self.head_dim // 2
-        cos, sin = self.rows(start, shape[-2])
-        pairs = ops.cast(ops.reshape(x, (*shape[:-1], half, 2)), "float32")
-        real, imaginary = pairs[..., 0], pairs[..., 1]
-        turned = ops.stack([real * cos - imaginary * sin, real * sin + imaginary * cos], axis=-1)
-        return ops.cast(ops.reshape(turned, shape), self.compute_dtype)
+        cos, sin = self.rows(start, ops.shape(x)[-2])
+        return ops.cast(turn_pairs(x, cos, sin), self.compute_dtype)
 
     def compute_output_shape(self, input_shape):
         return input_shape
 
     def get_config(self):
         scaling = keras.saving.serialize_keras_object(self.scaling)
-        sizes = dict(head_dim=self.head_dim, context_length=self.context_length)
-        return super().get_config() | sizes | dict(theta=self.theta, scaling=scaling)
+        own = dict(head_dim=self.head_dim, context_length=self.context_length,
+                   theta=self.theta, scaling=scaling)
+        return super().get_config() | own
 
     @classmethod
     def from_config(cls, config):
@@ -81,8 +96,8 @@ class RotaryEmbedding(keras.layers.Layer):
 
 # %% ../nbs/06_rope.ipynb #mv6f7a90
 def rows_by_length(rope: RotaryEmbedding, start, count):
-    "Cosine and sine of `count` positions from `start`, for a text that ends with them."
+    "Cosine and sine of `count` positions from `start`, in a text of `start + count` tokens."
     length, positions = ops.cast(start + count, "float64"), start + ops.arange(count)
     speeds, magnitude = rope.scaling(rope_frequencies(rope.head_dim, rope.theta), length)
     angles = ops.expand_dims(ops.cast(positions, "float64"), 1) * speeds
-    return [ops.cast(magnitude * turned(angles), "float32") for turned in (ops.cos, ops.sin)]
+    return [ops.cast(magnitude * table, "float32") for table in (ops.cos(angles), ops.sin(angles))]

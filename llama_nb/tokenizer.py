@@ -11,23 +11,23 @@ from typing import NamedTuple
 
 # %% ../nbs/02_tokenizer.ipynb #58271936
 class TokenizerError(ValueError):
-    "A tokenizer that cannot be used, or text and ids that it cannot take: one line."
+    "A tokenizer that cannot be used, or a text or ids that it cannot take; one line."
+
+# %% ../nbs/02_tokenizer.ipynb #c268fb9e
+SPACE = "\u2581"
 
 # %% ../nbs/02_tokenizer.ipynb #956d333a
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 
-SPACE = "\u2581"
-
 # %% ../nbs/02_tokenizer.ipynb #mv5b5d7b
 class Piece(NamedTuple):
-    """An entry of the vocabulary; `kind`: 1 normal, 2 unknown, 3 control, 4 user-defined,
-    5 unused, 6 byte."""
+    "An entry of the vocabulary; `kind` is a number from 1, `NORMAL`, to 6, `BYTE`."
     text: str
     score: float
     kind: int
 
 class SentencePieceModel(NamedTuple):
-    "What a `tokenizer.model` file holds, as far as encoding needs it."
+    "The part of a `tokenizer.model` file that encoding needs."
     pieces: list[Piece]
     is_bpe: bool = True
     charsmap: bytes = b""
@@ -36,7 +36,7 @@ class SentencePieceModel(NamedTuple):
 
     @property
     def is_plain(self) -> bool:
-        "Whether a text is only cut, not changed: all that this chapter's encoder can do."
+        "Whether `HandMadeBPE` can encode for it: a text is not changed, and no piece is unused."
         kinds = {piece.kind for piece in self.pieces}
         return not (self.charsmap or self.squeeze_spaces or UNUSED in kinds)
 
@@ -51,8 +51,7 @@ def merge_pairs(text: str, scores: dict[str, float]) -> list[str]:
         merged = symbols[left] + symbols[right]
         if merged in scores: heapq.heappush(queue, (-scores[merged], left, right, merged))
 
-    for right in range(1, len(symbols)):
-        propose(right - 1, right)
+    for right in range(1, len(symbols)): propose(right - 1, right)
     while queue:
         _, left, right, merged = heapq.heappop(queue)
         alive = symbols[left] and symbols[right]
@@ -66,7 +65,7 @@ def merge_pairs(text: str, scores: dict[str, float]) -> list[str]:
 
 # %% ../nbs/02_tokenizer.ipynb #133f7e45
 def split_at(words: Collection[str], text: str) -> list[str]:
-    "Cuts a text before and after each of some words, the longest first."
+    "Cuts a text before and after each of `words`; of two that match, the longer one counts."
     if not words: return [text]
     pattern = "|".join(map(re.escape, sorted(words, key=len, reverse=True)))
     return [part for part in re.split(f"({pattern})", text) if part]
@@ -77,7 +76,7 @@ class HandMadeBPE:
 
     def __init__(self, model: SentencePieceModel):
         if not model.is_plain:
-            raise TokenizerError("by hand only models with identity normalization are encoded; "
+            raise TokenizerError("HandMadeBPE encodes only models with identity normalization; "
                                  "install tensorflow-text for others")
         ids = {kind: {} for kind in range(1, 7)}
         for id, piece in enumerate(model.pieces): ids[piece.kind][piece.text] = id
@@ -100,23 +99,21 @@ class HandMadeBPE:
 
 # %% ../nbs/02_tokenizer.ipynb #c93bb800
 class TextStream:
-    "Ids in, text out, in whole characters: their first bytes wait for the last."
+    "Takes ids, gives text in whole characters: the bytes of a character wait for the last one."
 
     def __init__(self, tokenizer: "Vocabulary"):
         self.tokenizer, self.at_start = tokenizer, tokenizer.strip_first_space
         self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
     def push(self, id: int) -> str:
-        if id in self.tokenizer.special:
-            return ""
+        if id in self.tokenizer.special: return ""
         data = self.tokenizer.token_bytes[id]
-        if self.at_start and self.tokenizer.pieces[id].startswith(SPACE):
-            data = data[1:]
+        if self.at_start and self.tokenizer.pieces[id].startswith(SPACE): data = data[1:]
         self.at_start = False
         return self.decoder.decode(data)
 
     def finish(self) -> str:
-        "What is left of a character that never came to its end."
+        "U+FFFD if the last character is incomplete, else nothing."
         return self.decoder.decode(b"", final=True)
 
 # %% ../nbs/02_tokenizer.ipynb #5d763777
@@ -134,7 +131,7 @@ class Vocabulary:
 
     @property
     def special_ids(self) -> dict[str, int]:
-        "The special tokens' ids by their text."
+        "The ids of the special tokens by their text."
         return {self.pieces[id]: id for id in self.special}
 
     def check_ids(self, ids: Iterable[int]) -> list[int]:
@@ -142,36 +139,33 @@ class Vocabulary:
         ids = [int(id) for id in ids]
         for id in ids:
             if not 0 <= id < self.vocab_size:
-                last = self.vocab_size - 1
-                raise TokenizerError(f"ids should be in 0..{last}, found {id}")
+                raise TokenizerError(f"ids should be in 0..{self.vocab_size - 1}, found {id}")
         return ids
 
     def stream(self, before: Iterable[int] = ()) -> TextStream:
-        "A decoder that takes one id at a time, going on from the ids `before`."
+        "A decoder that takes one id at a time and continues after the ids `before`."
         stream = TextStream(self)
         for id in self.check_ids(before): stream.push(id)
         return stream
 
     def decode(self, ids: Iterable[int]) -> str:
-        "The text of ids; special tokens have none, broken UTF-8 becomes U+FFFD."
+        "The text of the ids; special tokens have none, broken UTF-8 becomes U+FFFD."
         stream = TextStream(self)
         return "".join(map(stream.push, self.check_ids(ids))) + stream.finish()
 
 # %% ../nbs/02_tokenizer.ipynb #d6eced97
 def check_text(text: str) -> str:
     "The text, if it is valid Unicode."
-    try:
-        text.encode()
+    try: text.encode()
     except UnicodeEncodeError as error:
-        place = f"{text[error.start]!r} at position {error.start}"
-        raise TokenizerError(f"text should be valid Unicode, found {place}") from None
+        found = f"{text[error.start]!r} at position {error.start}"
+        raise TokenizerError(f"text should be valid Unicode, found {found}") from None
     return text
 
 # %% ../nbs/02_tokenizer.ipynb #7f8a2e1e
 class Tokenizer(Vocabulary):
-    """Text to ids and back. `bos_id` begins and `eos_id` ends a sequence; `stop_ids` end
-    a continuation. A kind adds `vocabulary`, its pieces in full, and `encode_plain`, which
-    knows nothing of special tokens; `first`: whether the text begins with this part."""
+    """Text to ids and back. `bos_id` begins a sequence and `eos_id` ends it; each of `stop_ids`
+    ends a continuation. A subclass has `vocabulary`, its pieces in full, and `encode_plain`."""
     vocabulary: list[Piece]
 
     def configure(self, bos_id: int | None, eos_id: int | None, stop_ids: Iterable[int] = (),
@@ -185,16 +179,17 @@ class Tokenizer(Vocabulary):
         return self
 
     def encode_plain(self, text: str, first: bool = True) -> list[int]:
+        "The ids of a text without special tokens; `first`: whether it begins the whole text."
         raise NotImplementedError
 
     def encode_parts(self, parts: Iterable[str | int]) -> list[int]:
-        "The ids of plain texts and of special tokens (as ids), in a row."
-        row = ([part] if isinstance(part, int) else self.encode_plain(part, place == 0)
-               for place, part in enumerate(parts))
-        return [id for ids in row for id in ids]
+        "The ids of plain texts and special tokens (given as ids), one after the other."
+        ids = []
+        for index, part in enumerate(parts):
+            ids += [part] if isinstance(part, int) else self.encode_plain(part, index == 0)
+        return ids
 
-    def encode(self, text: str, add_bos: bool = True,
-               allow_special: bool = False) -> list[int]:
+    def encode(self, text: str, add_bos: bool = True, allow_special: bool = False) -> list[int]:
         """The ids of a text, after `bos_id` if `add_bos` and the model was trained with it.
         What looks like a special token is plain text unless `allow_special`."""
         special = self.special_ids if allow_special else {}
@@ -206,8 +201,8 @@ class Tokenizer(Vocabulary):
 # %% ../nbs/02_tokenizer.ipynb #b0d606b8
 def show_tokens(tokenizer: Tokenizer, text_or_ids) -> None:
     "Prints each id above its piece."
-    take = tokenizer.encode if isinstance(text_or_ids, str) else tokenizer.check_ids
-    ids = take(text_or_ids)
+    is_text = isinstance(text_or_ids, str)
+    ids = tokenizer.encode(text_or_ids) if is_text else tokenizer.check_ids(text_or_ids)
     pieces = [tokenizer.pieces[id] for id in ids]
     widths = [max(len(str(id)), len(piece)) for id, piece in zip(ids, pieces)]
     print("  ".join(str(id).ljust(width) for id, width in zip(ids, widths)))
