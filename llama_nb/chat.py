@@ -111,6 +111,11 @@ class ChatLlama(Llama):
     """A `Llama` that answers messages `{'role': 'user', 'content': '...'}`. `llama_nb.load`
     makes one."""
 
+    @property
+    def dtype(self) -> str:
+        "What the model computes in."
+        return self.model.get_layer("norm").compute_dtype
+
     def chat_ids(self, messages: Sequence[dict]) -> list[int]:
         "The ids of messages, up to where the answer begins."
         return message_ids(self.tokenizer, messages)

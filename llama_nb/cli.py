@@ -10,12 +10,13 @@ from pathlib import Path
 from .benchmark import cpu_name, measure_speed, open_llama_cpp, read_bandwidth
 from .benchmark import write_random_gguf
 from .checkpoint import SIZES, CheckpointError
-from .files import quiet_start
+from .files import cache_folder, quiet_start
 from .gguf import write_gguf
 from .hub import find_model
 from .huggingface import write_hf
-from .library import BYTES, describe, load, unread_bytes
+from .library import BYTES, cached_models, describe, load, remove_cached, unread_bytes
 from .meta import synth, write_meta
+from .quantization import DTYPES
 from .sampling import GenerationError, Sampler
 from .tokenizer import Tokenizer, TokenizerError
 from .vocabularies import gguf_vocabulary, load_tokenizer, open_with_tokenizer
@@ -55,9 +56,9 @@ def model_options() -> Parser:
         help="a preset, a folder, a file, or owner/name on the Hub (default: %(default)s)")
     add("-c", "--context-length", type=whole(1), metavar="TOKENS",
         help="room for prompt and continuation (default: the model's own, at most 2048)")
-    add("--engine", default="auto", choices=["auto", "keras", "litert"],
-        help="litert runs converted models (default: %(default)s)")
-    add("--dtype", choices=list(BYTES), help="of weights and cache, for keras (default: float32)")
+    add("--dtype", choices=[*DTYPES, *BYTES],
+        help="int8 and int4: the fast engine, for which a model is converted at its first use;"
+             " float32 and bfloat16: Keras (default: int4 for a Q4_0 file, else int8)")
     add("--json", action="store_true", help="print one JSON object")
     return options
 
@@ -79,7 +80,7 @@ def sampling_options() -> Parser:
     add("-s", "--seed", type=whole(0), help="the same seed gives the same text")
     add("--stop", type=some_text, action="append", default=[], metavar="TEXT",
         help="end before this text; may be repeated")
-    add("-t", "--threads", type=whole(1), help="how many to compute with (default: all cores)")
+    add("-t", "--threads", type=whole(1), help="how many to compute with (default: the cores that this process may use)")
     add("--ray", metavar="ADDRESS",
         help="spread the blocks of a converted model over this Ray cluster; auto finds one here")
     return options
@@ -159,12 +160,17 @@ def make_parser() -> argparse.ArgumentParser:
     chat.add_argument("--system", help="what the model is told before the conversation")
     info = commands.add_parser("info", parents=[model], help="what a model is, without loading it")
     info.add_argument("path", nargs="?", help="the same as -m")
+    cached = commands.add_parser("list", help="what the cache holds: fetched, converted, packed")
+    cached.add_argument("--json", action="store_true", help="print one JSON object")
+    freed = commands.add_parser("rm", help="free what the cache holds of a model")
+    freed.add_argument("name", help="as list shows it, or all")
+    freed.add_argument("--json", action="store_true", help="print one JSON object")
     add_writers(commands)
     bench = commands.add_parser("bench", parents=[model], help="measure a model's speed")
     bench.add_argument("path", nargs="?", help="the same as -m")
     bench.add_argument("--vs", choices=["llama.cpp"], help="measure it beside this")
     bench.add_argument(
-        "-t", "--threads", type=whole(1), help="how many to compute with (default: all cores)")
+        "-t", "--threads", type=whole(1), help="how many to compute with (default: the cores that this process may use)")
     return parser
 
 # %% ../nbs/30_cli.ipynb #e7189017
@@ -200,9 +206,8 @@ def load_for(arguments):
         if tokenizer.chat_template is None:
             raise GenerationError("this model has no chat template; use generate")
     with quiet_start():
-        llm = load(arguments.model, arguments.engine, arguments.dtype, arguments.context_length,
-                   arguments.threads, progress=sys.stderr.isatty(), **places_of(arguments),
-                   ray=arguments.ray, sequences=1)
+        llm = load(arguments.model, arguments.dtype, arguments.context_length, arguments.threads,
+                   progress=sys.stderr.isatty(), **places_of(arguments), ray=arguments.ray, sequences=1)
         llm.tokenizer.encode("")
     return llm
 
@@ -258,7 +263,8 @@ def make_report(llm, stream) -> dict:
     speed = stream.tokens_per_second if stream.decode_steps else None
     return dict(prompt_tokens=len(stream.prompt_ids), new_tokens=len(stream.new_ids),
                 finish_reason=stream.finish_reason, prefill_seconds=stream.prefill_seconds,
-                tokens_per_second=speed, peak_memory_bytes=peak_memory(), path=str(llm.path))
+                tokens_per_second=speed, peak_memory_bytes=peak_memory(), path=str(llm.path),
+                dtype=llm.dtype)
 
 def peak_memory() -> int:
     """The most memory that this process has held so far, in bytes; 0 where the system does not
@@ -280,8 +286,8 @@ def format_report(report: dict, context_length: int) -> str:
             f" {report['new_tokens']} written")
     if report["tokens_per_second"]:
         line += f", {report['tokens_per_second']:.1f} tokens/s"
-    line += (f" ({report['finish_reason']}); peak memory {as_size(report['peak_memory_bytes'])};"
-             f" {report['path']}")
+    line += (f" ({report['finish_reason']}); {report['dtype']}; peak memory"
+             f" {as_size(report['peak_memory_bytes'])}; {report['path']}")
     if report["finish_reason"] == "context":
         line += (
             f"\nthe context of {context_length} tokens is full; --context-length gives more where"
@@ -364,12 +370,30 @@ def run_info(arguments) -> None:
     print(f"\nmemory for {about['context_length']:,} tokens, of {as_size(available_memory())} that"
           " are free")
     for row in table:
-        print(f"{row['engine']:7} {row['dtype']:9} {as_size(row['weights_bytes']):>8} of weights +"
+        print(f"{row['dtype']:9} {as_size(row['weights_bytes']):>8} of weights +"
               f" {as_size(row['cache_bytes']):>7} of cache",
               "  fits" if row["fits"] else "  does not fit")
-    best = next((f"{row['engine']} {row['dtype']}" for row in table if row["fits"]),
+    best = next((row["dtype"] for row in table if row["fits"]),
                 "none; a shorter context takes less")
     print("the most exact that fits:", best)
+
+# %% ../nbs/30_cli.ipynb #976747bd
+def run_list(arguments) -> None:
+    "What the cache holds, a line for each."
+    rows = cached_models()
+    if arguments.json: return print(json.dumps(rows), flush=True)
+    width = max((len(row["name"]) for row in rows), default=0)
+    for row in rows:
+        print(f"{row['name']:{width}}  {row['kind']:10} {row['dtype'] or '':5}"
+              f" {as_size(row['bytes']):>8}")
+    print(f"{as_size(sum(row['bytes'] for row in rows))} in {cache_folder()}", flush=True)
+
+def run_rm(arguments) -> None:
+    "Frees what the cache holds under a name."
+    rows = remove_cached(arguments.name)
+    if arguments.json: return print(json.dumps(rows), flush=True)
+    freed = as_size(sum(row["bytes"] for row in rows))
+    print(f"{freed} freed: {', '.join(sorted({row['kind'] for row in rows})) or 'nothing'}", flush=True)
 
 # %% ../nbs/30_cli.ipynb #c9bd57ba
 def run_synth(arguments) -> None:
@@ -440,18 +464,13 @@ def run_bench(arguments) -> None:
     "Measures a model's speed, if asked beside llama.cpp."
     name = arguments.path or arguments.model
     about = describe(name, arguments.dtype, arguments.context_length)
-    if arguments.vs and about["engine"] != "litert":
-        raise GenerationError(
-            f"{about['path']}: llama.cpp is compared with converted models; llama-nb convert makes"
-            " one of it"
-        )
+    if arguments.vs and about["dtype"] in BYTES:
+        raise GenerationError(f"{about['path']}: llama.cpp is compared with int8 or int4, found"
+                              f" --dtype {about['dtype']}")
+    from llama_nb.engine import available_cores
     with quiet_start():
-        llm, threads = (
-            load(
-                name, arguments.engine, arguments.dtype, arguments.context_length, arguments.threads
-            ),
-            arguments.threads or os.cpu_count(),
-        )
+        llm = load(name, about["dtype"], arguments.context_length, arguments.threads)
+        threads = arguments.threads or available_cores()
         bandwidth = read_bandwidth(threads)
         speeds = {"llama_nb": measure_speed(llm.decoder.advance, llm.decoder.forget, llm.config)}
     if arguments.vs:
@@ -481,8 +500,9 @@ def run_bench(arguments) -> None:
         print("llama.cpp: not compared, llama-cpp-python is not installed")
 
 # %% ../nbs/30_cli.ipynb #f134de93
-COMMANDS = {"generate": run_generate, "chat": run_chat, "info": run_info, "synth": run_synth,
-            "convert": run_convert, "train": run_train, "bench": run_bench}
+COMMANDS = {"generate": run_generate, "chat": run_chat, "info": run_info, "list": run_list,
+            "rm": run_rm, "synth": run_synth, "convert": run_convert, "train": run_train,
+            "bench": run_bench}
 
 # %% ../nbs/30_cli.ipynb #mv5ac584
 def main(argv: list[str] | None = None) -> int:

@@ -2,11 +2,11 @@
 
 # %% auto #0
 __all__ = ['write_program', 'read_program', 'file_sizes', 'convert', 'Converted', 'open_converted', 'open_dequantized',
-           'PackedWeights', 'available_memory', 'open_engine', 'LiteRTLlama']
+           'PackedWeights', 'available_memory', 'open_engine', 'open_source', 'LiteRTLlama']
 
 # %% ../nbs/21_conversion.ipynb #mv88f66d
 import contextlib, dataclasses, functools, hashlib, importlib.resources, json, math, os, platform
-import shutil
+import shutil, sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -16,13 +16,15 @@ from tqdm import tqdm
 from .batching import PromptLookup, write_together
 from .chat import ChatLlama
 from .checkpoint import Checkpoint, CheckpointError, LazyTensor, LlamaConfig
-from .engine import ROWS, Cache, Engine, Program, attend_rows, block_tensors, cache_bytes
-from .engine import compile_programs, normed, padded_hidden, program_shapes
+from .engine import ROWS, Cache, Engine, Program, attend_rows, available_cores
+from .engine import block_tensors, cache_bytes, control_groups, fitted_program, normed
+from .engine import padded_hidden, program_shapes
 from .files import FileCheckpoint, cache_folder, check_file, reading, sha256, written_whole
 from .generation import Decoder, Stream, check_length
 from .gguf import add_fields
 from .positions import RopeScaling, check_config
-from .quantization import BLOCK, Quantized, pack_int4, quantize_tensor, unpack_int4
+from .quantization import BLOCK, DTYPES, Quantized, pack_int4, quantize_tensor
+from .quantization import unpack_int4
 from .sampling import GenerationError, check_number
 from .tokenizer import Tokenizer
 from .vocabularies import gguf_vocabulary, open_with_tokenizer
@@ -208,14 +210,23 @@ def file_sizes(config: LlamaConfig, dtype: str) -> dict[str, int]:
     return sizes | {name: table if name == "head.tflite" else int(block * per_weight)
                     for name in program_names(config)}
 
+# %% ../nbs/21_conversion.ipynb #4659da37
+def rotary_angles(config: LlamaConfig) -> np.ndarray:
+    """Cosine and sine of every position's angles, (2, context, head_dim / 2): chapter 6's
+    `rope_tables`, without Keras."""
+    frequencies = config.rope_theta ** -(np.arange(0, config.head_dim, 2) / config.head_dim)
+    magnitude, length = 1.0, config.context_length
+    if config.rope_scaling is not None:
+        frequencies, magnitude = config.rope_scaling(frequencies, length)
+    angles = np.outer(np.arange(length), frequencies)
+    return (magnitude * np.stack([np.cos(angles), np.sin(angles)])).astype(np.float32)
+
 # %% ../nbs/21_conversion.ipynb #5fe35ae2
 def file_writers(read: Callable, config: LlamaConfig, dtype: str, ids: Sequence[int]):
     """Each file's name and `write(path)`, one after the other; `ids`: a text that shows how
     large features get."""
-    from llama_nb.rope import rope_tables
-    table = embedding_table(read, dtype)
-    x, angles = table["values"][ids] * table["scale"][ids, None], np.stack(
-        rope_tables(config.context_length, config.head_dim, config.rope_theta, config.rope_scaling))
+    table, angles = embedding_table(read, dtype), rotary_angles(config)
+    x = table["values"][ids] * table["scale"][ids, None]
     yield "tok_embeddings.npy", lambda path: np.save(path, table)
     yield "rope.npy", lambda path: np.save(path, angles)
 
@@ -225,7 +236,7 @@ def file_writers(read: Callable, config: LlamaConfig, dtype: str, ids: Sequence[
                       program,
                       {name: quantize_tensor(prefix + name, values, dtype, importance.get(name))
                        for name, values in weights.items()})
-    block, head = (compile_programs(config, names) for names in (("before", "after"), ("head",)))
+    block, head = (fitted_program(name, config) for name in ("block", "head"))
     *layers, last = program_names(config)
     for layer, name in enumerate(layers):
         weights = block_tensors(read, config, layer)
@@ -268,6 +279,8 @@ def alone_in(folder: Path):
         if new and not any(folder.iterdir()): folder.rmdir()
 
 # %% ../nbs/21_conversion.ipynb #c6ca91cb
+class AnotherJob(CheckpointError): "A folder holds the beginning of another conversion."
+
 def begin(folder: Path, job: dict, sizes: Mapping[str, int]) -> None:
     """Makes sure that a conversion can begin in a folder, or go on there: the same job, and room
     on the disk."""
@@ -277,10 +290,8 @@ def begin(folder: Path, job: dict, sizes: Mapping[str, int]) -> None:
             f"{folder}: holds a converted model already; an empty or new folder was expected")
     if note.exists():
         if note.read_text() != to_json(job):
-            raise CheckpointError(
-                f"{folder}: holds an unfinished conversion of something else; an empty or new"
-                " folder was expected"
-            )
+            raise AnotherJob(f"{folder}: holds an unfinished conversion of something else; an"
+                             " empty or new folder was expected")
         for leftover in folder.glob(".?*"):
             if leftover.is_dir(): shutil.rmtree(leftover)
     elif found := sorted(set(os.listdir(folder)) - {".lock"}):
@@ -305,16 +316,22 @@ def write_tokenizer(tokenizer: Tokenizer, path: Path) -> None:
         writer.write_header_to_file(), writer.write_kv_data_to_file()
 
 # %% ../nbs/21_conversion.ipynb #262c18a9
-def describe_job(checkpoint, dtype: str) -> dict:
-    "What is converted, and by what: a conversion goes on only if all of this is the same."
-    path, versions = checkpoint.path, {name: importlib.metadata.version(name)
-                                       for name in ("llama_nb", "tensorflow", "ai-edge-litert")}
+def source_states(path: Path) -> dict[str, list[int]]:
+    "The source's files with their sizes and times, and where it is."
     found = sorted(path.iterdir()) if path.is_dir() else [path]
-    source = {file.name: [file.stat().st_size, file.stat().st_mtime_ns] for file in found
-              if file.is_file()}
+    return {file.name: [file.stat().st_size, file.stat().st_mtime_ns] for file in found
+            if file.is_file()}
+
+def versions() -> dict[str, str]:
+    "The versions of what writes a conversion."
+    return {name: importlib.metadata.version(name) for name in ("llama_nb", "ai-edge-litert")}
+
+def describe_job(source: Path, checkpoint, dtype: str) -> dict:
+    "What is converted, and by what: a conversion goes on only if all of this is the same."
     return dict(
-        format=FORMAT, dtype=dtype, config=dataclasses.asdict(checkpoint.config), source=source,
-        versions=versions,
+        format=FORMAT, dtype=dtype, config=dataclasses.asdict(checkpoint.config),
+        path=str(source.resolve()), source=source_states(source),
+        versions=versions(),
         tensors={name: [list(tensor.shape), tensor.stored] for name, tensor in checkpoint.items()})
 
 # %% ../nbs/21_conversion.ipynb #cf0af3ea
@@ -335,7 +352,7 @@ def check_blocks(path: Path, config: LlamaConfig, dtype: str) -> None:
         )
 
 # %% ../nbs/21_conversion.ipynb #3adfc197
-FORMAT, DTYPES = 2, ("int8", "int4")
+FORMAT = 3
 
 # %% ../nbs/21_conversion.ipynb #mvd013dd
 def convert(source, folder, dtype: str = "int8", progress: bool = False) -> Path:
@@ -351,7 +368,7 @@ def convert(source, folder, dtype: str = "int8", progress: bool = False) -> Path
     checkpoint = steady_checkpoint(checkpoint)
     config = checkpoint.config
     check_blocks(source, config, dtype)
-    sizes, job = file_sizes(config, dtype), describe_job(checkpoint, dtype)
+    sizes, job = file_sizes(config, dtype), describe_job(source, checkpoint, dtype)
     ids = tokenizer.encode(calibration_text())[:min(config.context_length, CALIBRATION)]
     with alone_in(folder):
         begin(folder, job, sizes)
@@ -369,6 +386,7 @@ def convert(source, folder, dtype: str = "int8", progress: bool = False) -> Path
         with written_whole(folder / "manifest.json") as part:
             part.write_text(to_json(content | dict(digest=digest(content))))
         (folder / "unfinished.json").unlink()
+    note_states(Converted(folder, content, config))
     return folder
 
 # %% ../nbs/21_conversion.ipynb #64cc208a
@@ -381,6 +399,9 @@ class Converted:
 
     @property
     def dtype(self) -> str: return self.manifest["dtype"]
+
+    @property
+    def files(self) -> list[Path]: return [self.path / name for name in self.manifest["files"]]
 
     def memory(self, config: LlamaConfig) -> dict[str, int]:
         """What it takes to run it, in bytes: the files, which are mapped, and the cache of a
@@ -425,8 +446,22 @@ def check_content(model: Converted, name: str, file: Path) -> None:
             " model or block"
         )
 
+def packed_home(model: Converted) -> Path:
+    "Where what is packed of a model is kept, on whatever machine."
+    return cache_folder() / "packed" / digest(model.manifest)[:16]
+
+def note_states(model: Converted) -> None:
+    "Remembers in the cache, if that can be written, that the files are those of the manifest."
+    with contextlib.suppress(CheckpointError, OSError):
+        with written_whole(packed_home(model) / "untouched.json") as part:
+            part.write_text(to_json(states(model.files)))
+
 def check_contents(model: Converted, progress: bool = False) -> None:
-    "Compares every file with the manifest's fingerprint of it."
+    """Compares every file with the manifest's fingerprint of it, unless all files are as they
+    were when that was last known."""
+    with contextlib.suppress(OSError, ValueError):
+        if json.loads((packed_home(model) / "untouched.json").read_text()) == states(model.files):
+            return
     for name in tqdm(
         model.manifest["files"], "checking", unit="file", disable=None if progress else True):
         check_content(model, name, model.path / name)
@@ -487,36 +522,44 @@ def states(paths: Iterable[Path]) -> dict[str, list[int]]:
         str(path): [state.st_size, state.st_mtime_ns, state.st_ino] for path, state in found.items()
     }
 
+# %% ../nbs/21_conversion.ipynb #526ac3fd
+@contextlib.contextmanager
+def waiting_for(folder: Path, work: str):
+    """Within the block no other process is at this work on a folder. If one is, its end is
+    waited for; if it is killed, the operating system opens the lock."""
+    import filelock
+    with reading(folder, "LLAMA_NB_CACHE may name another folder"):
+        try:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            lock = filelock.FileLock(folder.with_name(f"{folder.name}.lock"))
+            try: lock.acquire(timeout=0.2)
+            except filelock.Timeout:
+                print(f"another process is {work} {folder.name}, waiting for it", file=sys.stderr)
+                lock.acquire()
+        except OSError as error:
+            raise CheckpointError(f"cannot be written ({error.strerror or error}); LLAMA_NB_CACHE"
+                                  " may name another folder") from None
+    try: yield
+    finally: lock.release()
+
 # %% ../nbs/21_conversion.ipynb #cf38bc94
 class PackedWeights:
     """The folder of XNNPACK's packed weights of one model on one machine, in the cache folder.
     Files that were made for another model, processor or version have another folder; those that
     were touched are made again."""
 
-    def __init__(self, model: Converted, progress: bool = False):
-        self.model, key = model, digest([model.manifest, machine()])[:16]
-        self.home = cache_folder() / "packed" / digest(model.manifest)[:16]
-        self.folder, self.programs = self.home / key, [
+    def __init__(self, model: Converted):
+        self.model = model
+        self.folder = packed_home(model) / digest([str(model.path.absolute()), machine()])[:16]
+        self.programs = [
             name for name in program_names(model.config) if name in model.manifest["files"]]
-        self.sources = [model.path / name for name in model.manifest["files"]]
-        if not self.is_valid():
-            check_contents(model, progress)
-            shutil.rmtree(self.home, ignore_errors=True)
-            with reading(self.home):
-                try:
-                    self.folder.mkdir(parents=True)
-                except OSError as error:
-                    raise CheckpointError(
-                        f"cannot be written ({error.strerror}); LLAMA_NB_CACHE may name another"
-                        " folder"
-                    ) from None
-                check_disk(self.folder, sum(path.stat().st_size for path in self.sources))
 
     def file(self, program: str) -> Path:
         return self.folder / f"{program}.packed"
 
     def record(self) -> dict:
-        return states([*self.sources, *map(self.file, self.programs)])
+        files = states([*self.model.files, *map(self.file, self.programs)])
+        return dict(model=str(self.model.path.absolute()), machine=machine(), files=files)
 
     def is_valid(self) -> bool:
         "Whether all files are as they were when they were made."
@@ -525,33 +568,50 @@ class PackedWeights:
         except (OSError, ValueError):
             return False
 
-    def save(self) -> None:
-        "Notes that all files are made."
-        if not self.is_valid():
-            (self.folder / "record.json").write_text(to_json(self.record()))
+    @contextlib.contextmanager
+    def made(self, progress: bool = False):
+        """The block opens the programs. Where the files aren't valid, LiteRT makes them as it
+        does so; other processes wait meanwhile."""
+        if self.is_valid():
+            yield
+            return
+        with waiting_for(self.folder, "packing"):
+            if not self.is_valid(): self.begin(progress)
+            yield
+            with written_whole(self.folder / "record.json") as part:
+                part.write_text(to_json(self.record()))
+
+    def begin(self, progress: bool = False) -> None:
+        """An empty folder, on a disk with room for what comes. What was packed for another
+        version on this machine is removed."""
+        check_contents(self.model, progress)
+        for record in self.folder.parent.glob("*/record.json"):
+            with contextlib.suppress(OSError, ValueError, KeyError):
+                old = json.loads(record.read_text())
+                if (old["model"], old["machine"]["cpu"]) == (
+                    str(self.model.path.absolute()), machine()["cpu"]): shutil.rmtree(record.parent)
+        shutil.rmtree(self.folder, ignore_errors=True)
+        with reading(self.folder):
+            self.folder.mkdir(parents=True)
+            check_disk(self.folder, sum(path.stat().st_size for path in self.model.files))
 
 # %% ../nbs/21_conversion.ipynb #mv270f98
 def open_programs(model: Converted, threads: int, progress: bool = False) -> list[Program]:
     "The programs that a manifest lists, in the order of the pass, with their packed weights."
-    packed = PackedWeights(model, progress)
-    programs = [Program(model.path / name, packed.file(name), threads)
-                for name in tqdm(
-                    packed.programs, "loading", unit="program", disable=None if progress else True)]
-    packed.save()
-    return programs
+    packed = PackedWeights(model)
+    with packed.made(progress):
+        return [Program(model.path / name, packed.file(name), threads)
+                for name in tqdm(packed.programs, "loading", unit="program",
+                                 disable=None if progress else True)]
 
 # %% ../nbs/21_conversion.ipynb #afbda6d2
 def memory_limits() -> list[int]:
-    """The bytes that this process's control groups (Linux, version 1 or 2) may take, and the
-    groups that hold these."""
+    "The bytes that this process's control groups, and those that hold them, may take."
     limits = []
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/self/cgroup").read_text().splitlines():
-            _, kind, group = line.split(":", 2)
-            folder = Path(f"/sys/fs/cgroup/{kind}{group}")
-            for file in (each / name for each in (folder, *folder.parents)
-                         for name in ("memory.max", "memory.limit_in_bytes")):
-                with contextlib.suppress(OSError, ValueError): limits.append(int(file.read_text()))
+    for folder in control_groups():
+        for name in ("memory.max", "memory.limit_in_bytes"):
+            with contextlib.suppress(OSError, ValueError):
+                limits.append(int((folder / name).read_text()))
     return limits
 
 # %% ../nbs/21_conversion.ipynb #mv287e55
@@ -575,12 +635,18 @@ def check_memory(model: Converted, config: LlamaConfig) -> None:
             f" {config.context_length} tokens, {available / 1e9:.2f} GB are available; {hint}"
         )
 
+def fits_memory(model: Converted, context_length: int | None) -> bool:
+    "Whether the memory at hand can hold a model with a context (by default 2,048 at most)."
+    length = min(context_length or 2048, model.config.context_length)
+    config = dataclasses.replace(model.config, context_length=length)
+    return sum(model.memory(config).values()) <= available_memory()
+
 # %% ../nbs/21_conversion.ipynb #mv662bc0
 def open_engine(model: Converted, config: LlamaConfig, threads: int | None = None,
                 progress: bool = False) -> Engine:
     """A converted model, ready to compute in `config`, its own or one with a shorter context.
     Raises CheckpointError or GenerationError."""
-    threads = threads or os.cpu_count()
+    threads = threads or available_cores()
     check_memory(model, config)
     *programs, head = open_programs(model, threads, progress)
     table = np.load(model.path / "tok_embeddings.npy", mmap_mode="r")
@@ -589,13 +655,38 @@ def open_engine(model: Converted, config: LlamaConfig, threads: int | None = Non
 # %% ../nbs/21_conversion.ipynb #mv976148
 TOGETHER = 8
 
+# %% ../nbs/21_conversion.ipynb #021c3a83
+def open_source(model: Converted) -> Checkpoint:
+    """What a model was converted from. Where that is gone, or has been changed since, the model's
+    own weights, dequantized; a line on standard error says so."""
+    path = Path(model.manifest["path"])
+    if path.exists() and source_states(path) == model.manifest["source"]:
+        return open_with_tokenizer(path)[0]
+    print(f"{model.path}: {path}, which it was converted from, is gone or has changed; its own"
+          f" {model.dtype} weights take the place of those", file=sys.stderr)
+    return open_dequantized(model)
+
 # %% ../nbs/21_conversion.ipynb #aabd6a1c
 class LiteRTLlama(ChatLlama):
-    "A `Llama` whose model is an `Engine`."
+    """A `Llama` that computes with an `Engine`. `logits` are the engine's. `model`, which
+    training, LoRA and `trace` take, is the Keras model in float32, built when it is first asked
+    for from what `converted` was made of."""
 
-    def __init__(self, engine: Engine, tokenizer: Tokenizer, path: Path | None = None):
-        super().__init__(None, tokenizer, engine.config, path)
-        self.engine = engine
+    def __init__(self, engine: Engine, tokenizer: Tokenizer, path: Path | None = None,
+                 converted: Converted | None = None):
+        self.engine, self.tokenizer, self.config = engine, tokenizer, engine.config
+        self.path, self.converted = path, converted
+
+    @property
+    def dtype(self) -> str: return self.converted.dtype
+
+    @functools.cached_property
+    def model(self) -> "keras.Model":
+        from llama_nb.model import build_model, load_weights
+        checkpoint = open_source(self.converted)
+        config = dataclasses.replace(
+            checkpoint.config, context_length=self.config.context_length)
+        return load_weights(build_model(config, "float32", "zeros"), checkpoint)
 
     @functools.cached_property
     def decoder(self) -> Decoder: return Decoder(self.engine.step, self.config.context_length, ROWS)

@@ -5,7 +5,7 @@ __all__ = ['check_size', 'check_file', 'reading', 'read_json', 'written_whole', 
            'cached_file', 'quiet_start']
 
 # %% ../nbs/10_files.ipynb #mvd62fce
-import contextlib, hashlib, json, math, os, re, shutil, sys, tempfile
+import contextlib, getpass, hashlib, json, math, os, re, shutil, stat, sys, tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -142,10 +142,28 @@ def finite(name: str, values, dtype: str) -> np.ndarray:
         raise CheckpointError(f"tensor {name} should be finite as {dtype}, found NaN or infinity")
     return values
 
+# %% ../nbs/10_files.ipynb #8c0221f5
+def own_temporary_folder() -> Path:
+    "A temporary folder that nobody else can write to. Raises CheckpointError."
+    user = getpass.getuser() if os.name == "nt" else os.getuid()
+    folder = Path(tempfile.gettempdir(), f"llama_nb-{user}")
+    with reading(folder, "cannot be used"):
+        folder.mkdir(mode=0o700, exist_ok=True)
+        state = folder.lstat()
+        if os.name != "nt" and (not stat.S_ISDIR(state.st_mode) or state.st_uid != user
+                                or state.st_mode & 0o77):
+            raise CheckpointError("belongs to somebody else, or others may write there;"
+                                  " LLAMA_NB_CACHE may name another folder")
+    return folder
+
 # %% ../nbs/10_files.ipynb #59cc3938
 def cache_folder() -> Path:
-    "Where fetched files are kept: `LLAMA_NB_CACHE`, or the user's cache folder."
-    return Path(os.environ.get("LLAMA_NB_CACHE") or platformdirs.user_cache_dir("llama_nb"))
+    """Where fetched, converted and packed files are kept: `LLAMA_NB_CACHE`, else the user's cache
+    folder, else, where that can't be written, a temporary folder of the user's own."""
+    if named := os.environ.get("LLAMA_NB_CACHE"): return Path(named)
+    folder = Path(platformdirs.user_cache_dir("llama_nb"))
+    there = next(each for each in (folder, *folder.parents) if each.exists())
+    return folder if os.access(there, os.W_OK) else own_temporary_folder()
 
 def sha256(path) -> str:
     "The SHA-256 of a file, 64 hexadecimal digits."

@@ -43,15 +43,26 @@ class GGUFHeader:
         self.at += size
         return struct.unpack_from(f"<{count}{letter}", self.data, at)
 
-    def text(self) -> str: return self.take("s", *self.take("Q"))[0].decode("utf-8")
+    def text(self) -> str: return self.texts(1)[0]
+
+    def texts(self, count: int) -> list[str]:
+        "So many texts, each behind its length."
+        data, at, found, length = self.data, self.at, [], struct.Struct("<Q").unpack_from
+        for _ in range(count):
+            if at + 8 > len(data): self.take("Q", len(data))
+            begin = at + 8
+            at = begin + length(data, at)[0]
+            found.append(data[begin:at])
+        self.take("B", at - self.at)
+        return [text.decode("utf-8") for text in found]
 
     def value(self):
         "A number, a text, or a list of either."
         (kind,) = self.take("I")
         is_list = kind == 9
         kind, count = self.take("I") + self.take("Q") if is_list else (kind, 1)
-        if kind == 8:found = [self.text() for _ in range(count)]
-        elif kind in GGUF_NUMBERS:found = list(self.take(GGUF_NUMBERS[kind], count))
+        if kind == 8: found = self.texts(count)
+        elif kind in GGUF_NUMBERS: found = list(self.take(GGUF_NUMBERS[kind], count))
         else: raise CheckpointError(f"a number, text or a list was expected, found type {kind}")
         return found if is_list else found[0]
 

@@ -38,7 +38,7 @@ def run_pass(llm: Llama, ids, replace: dict | None = None, keep: dict | None = N
     `replace`: what to `put` in the place of values, by name or by a name with `*`.
     `keep`: a dictionary that gets every value."""
     if llm.model is None:
-        raise GenerationError("only a Keras model can be looked into: load with engine='keras'")
+        raise GenerationError("only a model that Keras computes can be looked into")
     replace, latest, heard = replace or {}, {}, set()
     def seen(name): return latest[star(name)]
 

@@ -14,7 +14,7 @@ from .batching import new_passes
 from .checkpoint import CheckpointError, LlamaConfig
 from .conversion import TOGETHER, Converted, LiteRTLlama, available_memory, check_content
 from .conversion import check_contents, digest, open_programs, program_names
-from .engine import ROWS, Blocks, Cache, Engine, cache_bytes, new_rows
+from .engine import ROWS, Blocks, Cache, Engine, available_cores, cache_bytes, new_rows
 from .files import cache_folder, written_whole
 from .generation import Decoder, Stream, check_length
 from .sampling import GenerationError, check_number
@@ -243,7 +243,7 @@ class Pipeline(Engine):
         check_number("sequences", sequences, int, lambda value: 1 <= value <= ROWS,
                      f"a whole number from 1 to {ROWS}")
         self.model, self.config, self.sequences, self.patience = model, config, sequences, patience
-        self.threads, self.cache, self.stages, self.attempts = (threads or os.cpu_count(), None, {},
+        self.threads, self.cache, self.stages, self.attempts = (threads or available_cores(), None, {},
                                                                 ATTEMPTS)
         (head,) = open_programs(part(model, "head.tflite", "tok_embeddings.npy"), self.threads)
         self.open_ends(np.load(model.path / "tok_embeddings.npy", mmap_mode="r"), head)

@@ -173,7 +173,8 @@ def merge_parts(merges: Sequence, vocabulary: dict[str, int]) -> list[tuple]:
     "The two pieces of each merge; they and what they make must be in the vocabulary."
     pairs = [tuple(merge.split(" ") if isinstance(merge, str) else merge) for merge in merges]
     for pair in pairs:
-        if len(pair) != 2 or not vocabulary.keys() >= {*pair, pair[0] + pair[1]}:
+        if len(pair) != 2 or not all(
+            part in vocabulary for part in (pair[0], pair[1], pair[0] + pair[1])):
             found = " ".join(pair)
             raise TokenizerError(f"a merge is two pieces that make a third, found {found!r}")
     return pairs
@@ -200,11 +201,17 @@ def library_encoder(model, pieces: Sequence[Piece], normalizer=None, pre_tokeniz
     return library
 
 # %% ../nbs/16_vocabularies.ipynb #3213d174
+class ByteLetters(dict):
+    "Letters of byte-level vocabularies to bytes; others to a character that is no byte."
+    def __missing__(self, letter): return 256
+
+LETTERS = ByteLetters({ord(letter): byte for letter, byte in byte_letters().items()})
+
 def letter_bytes(piece: Piece) -> bytes:
     "The bytes that a piece of a byte-level vocabulary stands for."
-    letters = byte_letters()
-    if piece.kind != NORMAL or not letters.keys() >= set(piece.text): return piece.text.encode()
-    return bytes(letters[letter] for letter in piece.text)
+    if piece.kind != NORMAL: return piece.text.encode()
+    try: return piece.text.translate(LETTERS).encode("latin-1")
+    except UnicodeEncodeError: return piece.text.encode()
 
 # %% ../nbs/16_vocabularies.ipynb #mv9fa3f5
 class ByteLevelTokenizer(Tokenizer):

@@ -64,11 +64,11 @@ def root():
 def bard():
     "Our own small model, loaded once for all tests that only read from it."
     import llama_nb
-    return llama_nb.load("bard")
+    return llama_nb.load("bard", dtype="float32")
 
 
 @pytest.fixture(scope="session")
 def smollm2():
     "SmolLM2-135M-Instruct, loaded once for all tests that only read from it."
     import llama_nb
-    return llama_nb.load("smollm2-135m-instruct")
+    return llama_nb.load("smollm2-135m-instruct", dtype="float32")

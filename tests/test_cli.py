@@ -205,7 +205,7 @@ def test_generate(one_load, bard, capsys):
     assert main(["generate", "-m", "bard", "-p", "To be", "-n", "4", "--temp", "0"]) == 0
     out, err = capsys.readouterr()
     assert out == "To be" + bard.generate("To be", max_new_tokens=4, temperature=0) + "\n"
-    assert re.fullmatch(r"\d+ tokens read in [\d.]+ s, 4 written, [\d.]+ tokens/s \(length\); peak memory [\d.]+ [MG]B; .*bard\n", err)
+    assert re.fullmatch(r"\d+ tokens read in [\d.]+ s, 4 written, [\d.]+ tokens/s \(length\); float32; peak memory [\d.]+ [MG]B; .*bard\n", err)
 
 
 def test_generate_from_standard_input(one_load, capsys, stdin):
@@ -220,7 +220,7 @@ def test_generate_as_json(one_load, bard, capsys):
     answer = json.loads(out)
     assert err == "" and out.count("\n") == 1
     assert answer["text"] == bard.generate("To", max_new_tokens=4, seed=3, top_p=0.9)
-    assert set(answer) == {"text", "prompt_tokens", "new_tokens", "finish_reason", "prefill_seconds", "tokens_per_second", "peak_memory_bytes", "path"}
+    assert set(answer) == {"text", "prompt_tokens", "new_tokens", "finish_reason", "prefill_seconds", "tokens_per_second", "peak_memory_bytes", "path", "dtype"}
     assert answer["new_tokens"] == 4 and answer["finish_reason"] == "length" and answer["peak_memory_bytes"] > 1e7
 
 
@@ -266,18 +266,18 @@ def test_info(capsys):
     assert main(["info", "bard", "--json"]) == 0
     about = json.loads(capsys.readouterr().out)
     assert about["parameters"] == open_checkpoint(bard_folder()).config.n_parameters <= 5_000_000
-    assert about["weights_bytes"] == 4 * about["parameters"] and about["tokenizer"] == "SentencePieceTokenizer"
+    assert about["dtype"] == "int8" and about["memory"][0]["weights_bytes"] == 4 * about["parameters"] and about["tokenizer"] == "SentencePieceTokenizer"
     assert main(["info", "-m", "bard", "--dtype", "bfloat16", "-c", "64"]) == 0
     shown = capsys.readouterr().out
     assert re.search(r"context_length\s+64\n", shown) and "memory for 64 tokens" in shown
-    assert re.search(r"keras +float32 .* fits\n", shown) and shown.endswith("the most exact that fits: keras float32\n")
+    assert re.search(r"float32 .* fits\n", shown) and shown.endswith("the most exact that fits: float32\n")
 
 
 def test_info_when_memory_is_short(capsys, monkeypatch):
     monkeypatch.setattr(conversion, "available_memory", lambda: 10_000_000)
     assert main(["info", "bard"]) == 0
     shown = capsys.readouterr().out
-    assert re.search(r"keras +float32 .* does not fit\n", shown) and shown.endswith("the most exact that fits: litert int8\n")
+    assert re.search(r"float32 .* does not fit\n", shown) and shown.endswith("the most exact that fits: int8\n")
     assert main(["info", "bard", "--json"]) == 0
     assert [row["fits"] for row in json.loads(capsys.readouterr().out)["memory"]] == [False, False, True, True]
 
@@ -337,7 +337,7 @@ def test_train(complaint, capsys):
     assert "nowhere.txt" in complaint("train", "nowhere.txt", "new") and not Path("new").exists()
 
 
-@pytest.mark.parametrize("command", ["", "generate", "chat", "info", "synth", "convert", "train", "bench"])
+@pytest.mark.parametrize("command", ["", "generate", "chat", "info", "list", "rm", "synth", "convert", "train", "bench"])
 def test_help(capsys, command):
     with pytest.raises(SystemExit) as end:
         main([*command.split(), "--help"])

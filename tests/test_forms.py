@@ -340,7 +340,7 @@ def test_llama_cpp_reads_what_we_write(scaling, tmp_path):
     from llama_nb.vocabularies import gguf_vocabulary, load_tokenizer
     bard, path = open_checkpoint(bard_folder()), tmp_path / "bard.gguf"
     write_gguf(path, Checkpoint("bard", dataclasses.replace(bard.config, rope_scaling=scaling), dict(bard)), gguf_vocabulary(load_tokenizer(bard_folder())))
-    ours = load(path)
+    ours = load(path, dtype="float32")
     ids = list(map(int, ours.tokenizer.encode("To be, or not to be, that is the question: whether 'tis nobler in the mind to suffer the slings and arrows of outrageous fortune, or to take arms")))
     result = subprocess.run([sys.executable, "-c", LLAMA_CPP, path, json.dumps(ids)], capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stderr[-2000:]

@@ -253,7 +253,7 @@ def test_mesh_is_devices_or_processes_and_devices(asked, found):
     (["--mesh", "2x4", "--coordinator", "here:1"], "process should be 0 to 1 for a mesh 2x4, found None"),
     (["--mesh", "2x4", "--coordinator", "here:1", "--process", "2", "-p", "x"], "process should be 0 to 1 for a mesh 2x4, found 2"),
     (["--mesh", "8", "-t", "1"], "threads can't be chosen for a mesh, found 1"),
-    (["--mesh", "8", "--engine", "litert"], "with a mesh, engine should be auto or keras, found 'litert'"),
+    (["--mesh", "8", "--dtype", "int8"], "on a mesh, dtype should be float32, found 'int8'"),
     (["--mesh", "8"], "a mesh needs KERAS_BACKEND=jax before Keras is imported, found tensorflow"),
     (["--coordinator", "here:1"], "--coordinator goes with --mesh"),
     (["--process", "1"], "--process goes with --mesh"),
