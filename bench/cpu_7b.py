@@ -64,7 +64,7 @@ def llama_nb(path, config, threads, context):
     import llama_nb.engine
     import llama_nb.library
     yield
-    llm = llama_nb.library.load(path, engine="litert", threads=threads, context_length=context)
+    llm = llama_nb.library.load(path, threads=threads, context_length=context)
     yield "", llm.decoder.forget, llm.decoder.advance
     return {"eight sequences at once": eight_at_once(llm.engine)} | {f"guessed tokens, {kind}": guessing(llm, *texts) for kind, texts in TEXTS.items()}
 
@@ -74,7 +74,7 @@ def keras(path, config, threads, context):
     import llama_nb.generation
     import llama_nb.library
     yield
-    decoder = llama_nb.library.load(path, engine="keras", dtype="bfloat16", threads=threads, context_length=context).decoder
+    decoder = llama_nb.library.load(path, dtype="bfloat16", threads=threads, context_length=context).decoder
     yield "", decoder.forget, decoder.advance
 
 

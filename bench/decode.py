@@ -27,7 +27,7 @@ TEXT = "Bees are flying insects known for their part in pollination and, in the 
 
 def llama_nb(threads):
     import llama_nb
-    decoder = llama_nb.load(MODEL, threads=threads).decoder
+    decoder = llama_nb.load(MODEL, dtype="float32", threads=threads).decoder
     return decoder.forget, decoder.advance
 
 

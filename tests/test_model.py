@@ -168,7 +168,7 @@ def test_loading_fills_every_variable(toy):
 
 @pytest.mark.parametrize("change, message", [
     (lambda shapes: shapes.pop("layers.1.attention.wk.weight"), "weights: tensor layers.1.attention.wk.weight is missing"),
-    (lambda shapes: shapes.update({"layers.2.ffn_norm.weight": (16,)}), "weights: tensor layers.2.ffn_norm.weight is not one of the model"),
+    (lambda shapes: shapes.update({"layers.2.ffn_norm.weight": (16,)}), "weights: tensor layers.2.ffn_norm.weight is not in the model"),
     (lambda shapes: shapes.update({"layers.0.feed_forward.w2.weight": (32, 16)}), r"weights: tensor layers.0.feed_forward.w2.weight should have shape \(16, 32\), found \(32, 16\)"),
 ], ids=["missing", "extra", "misshapen"])
 def test_loading_is_strict(toy, change, message):
@@ -182,5 +182,5 @@ def test_loading_is_strict(toy, change, message):
 def test_tied_and_untied_are_told_apart(bard):
     import dataclasses
     tied = build_model(dataclasses.replace(bard.config, tied=True))
-    with pytest.raises(CheckpointError, match="output.weight is not one of the model"):
+    with pytest.raises(CheckpointError, match="output.weight is not in the model"):
         load_weights(tied, open_checkpoint(bard.path, bard.config.vocab_size))
