@@ -365,6 +365,7 @@ def run_info(arguments) -> None:
     table = about.pop("memory")
     facts = {name: value for name, value in about.items()
              if name not in table[0] and value not in (None, {})}
+    if "rounding" in facts: facts["rounding"] = f"{facts['rounding']:.1%} of the weights' size"
     for name, value in facts.items():
         print(name.ljust(max(map(len, facts))), f"{value:,}" if type(value) is int else value)
     print(f"\nmemory for {about['context_length']:,} tokens, of {as_size(available_memory())} that"

@@ -5,7 +5,7 @@ __all__ = ['write_program', 'read_program', 'file_sizes', 'convert', 'Converted'
            'PackedWeights', 'available_memory', 'open_engine', 'open_source', 'LiteRTLlama']
 
 # %% ../nbs/21_conversion.ipynb #mv88f66d
-import contextlib, dataclasses, functools, hashlib, importlib.resources, json, math, os, platform
+import collections, contextlib, dataclasses, functools, hashlib, importlib.resources, json, math, os, platform
 import shutil, sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -222,7 +222,8 @@ def rotary_angles(config: LlamaConfig) -> np.ndarray:
     return (magnitude * np.stack([np.cos(angles), np.sin(angles)])).astype(np.float32)
 
 # %% ../nbs/21_conversion.ipynb #5fe35ae2
-def file_writers(read: Callable, config: LlamaConfig, dtype: str, ids: Sequence[int]):
+def file_writers(read: Callable, config: LlamaConfig, dtype: str, ids: Sequence[int],
+                 own_block: int | None = None):
     """Each file's name and `write(path)`, one after the other; `ids`: a text that shows how
     large features get."""
     table, angles = embedding_table(read, dtype), rotary_angles(config)
@@ -234,7 +235,8 @@ def file_writers(read: Callable, config: LlamaConfig, dtype: str, ids: Sequence[
         importance = {name: np.mean(np.square(values), axis=0) for name, values in rows.items()}
         write_program(path,
                       program,
-                      {name: quantize_tensor(prefix + name, values, dtype, importance.get(name))
+                      {name: quantize_tensor(prefix + name, values, dtype, importance.get(name),
+                                             own_block)
                        for name, values in weights.items()})
     block, head = (fitted_program(name, config) for name in ("block", "head"))
     *layers, last = program_names(config)
@@ -354,6 +356,40 @@ def check_blocks(path: Path, config: LlamaConfig, dtype: str) -> None:
 # %% ../nbs/21_conversion.ipynb #3adfc197
 FORMAT = 3
 
+# %% ../nbs/21_conversion.ipynb #2c2221cb
+def states(paths: Iterable[Path]) -> dict[str, list[int]]:
+    "What tells whether a file has been touched: size, time, place on the disk."
+    found = {path: path.stat() for path in paths if path.exists()}
+    return {
+        str(path): [state.st_size, state.st_mtime_ns, state.st_ino] for path, state in found.items()
+    }
+
+def packed_home(manifest: dict) -> Path:
+    "Where what is packed of a model is kept, on whatever machine."
+    return cache_folder() / "packed" / digest(manifest)[:16]
+
+def note_states(folder: Path, manifest: dict) -> None:
+    "Remembers in the cache, if that can be written, that the files are those of the manifest."
+    with contextlib.suppress(CheckpointError, OSError):
+        with written_whole(packed_home(manifest) / "untouched.json") as part:
+            part.write_text(to_json(states(folder / name for name in manifest["files"])))
+
+# %% ../nbs/21_conversion.ipynb #c4a2614a
+def usual_dtype(kinds: Iterable[str]) -> str:
+    "The fast engine's dtype for matrices stored in these ways: int4 where most are Q4_0."
+    count = collections.Counter(kinds)
+    return "int4" if 2 * count["Q4_0"] > count.total() else "int8"
+
+def rounding(read: Callable, config: LlamaConfig, folder: Path, dtype: str) -> float | None:
+    """How far the first block's matrices are from the source's in int4, as a share of their size
+    (root mean squares); in int8 they were balanced before, and can't be compared."""
+    if dtype != "int4": return None
+    exact, found = block_tensors(read, config, 0), read_program(folder / "layers.0.tflite")
+    errors, sizes = zip(*((np.square(found[name].dequantize() - values).sum(dtype=float),
+                           np.square(values).sum(dtype=float))
+                          for name, values in exact.items() if values.ndim == 2))
+    return math.sqrt(sum(errors) / sum(sizes))
+
 # %% ../nbs/21_conversion.ipynb #mvd013dd
 def convert(source, folder, dtype: str = "int8", progress: bool = False) -> Path:
     """Writes a checkpoint as quantized LiteRT programs, `dtype` int8 or int4, a block at a time.
@@ -374,7 +410,9 @@ def convert(source, folder, dtype: str = "int8", progress: bool = False) -> Path
         begin(folder, job, sizes)
         bar = tqdm(total=sum(sizes.values()), desc="converting", unit="B", unit_scale=True,
                    disable=None if progress else True)
-        for name, write in file_writers(checkpoint.read, config, dtype, ids):
+        kinds = [tensor.stored for tensor in checkpoint.values() if len(tensor.shape) == 2]
+        own_block = 32 if dtype == usual_dtype(kinds) == "int4" else None
+        for name, write in file_writers(checkpoint.read, config, dtype, ids, own_block):
             if not (folder / name).exists():
                 with reading(folder / name), written_whole(folder / name) as part: write(part)
             bar.update(sizes[name])
@@ -382,11 +420,11 @@ def convert(source, folder, dtype: str = "int8", progress: bool = False) -> Path
         write_tokenizer(tokenizer, folder / "tokenizer.gguf")
         files = {name: dict(bytes=(folder / name).stat().st_size, sha256=sha256(folder / name))
                  for name in ("tokenizer.gguf", *sizes)}
-        content = job | dict(files=files)
+        content = job | dict(files=files, rounding=rounding(checkpoint.read, config, folder, dtype))
         with written_whole(folder / "manifest.json") as part:
             part.write_text(to_json(content | dict(digest=digest(content))))
         (folder / "unfinished.json").unlink()
-    note_states(Converted(folder, content, config))
+    note_states(folder, content)
     return folder
 
 # %% ../nbs/21_conversion.ipynb #64cc208a
@@ -446,21 +484,11 @@ def check_content(model: Converted, name: str, file: Path) -> None:
             " model or block"
         )
 
-def packed_home(model: Converted) -> Path:
-    "Where what is packed of a model is kept, on whatever machine."
-    return cache_folder() / "packed" / digest(model.manifest)[:16]
-
-def note_states(model: Converted) -> None:
-    "Remembers in the cache, if that can be written, that the files are those of the manifest."
-    with contextlib.suppress(CheckpointError, OSError):
-        with written_whole(packed_home(model) / "untouched.json") as part:
-            part.write_text(to_json(states(model.files)))
-
 def check_contents(model: Converted, progress: bool = False) -> None:
     """Compares every file with the manifest's fingerprint of it, unless all files are as they
     were when that was last known."""
     with contextlib.suppress(OSError, ValueError):
-        if json.loads((packed_home(model) / "untouched.json").read_text()) == states(model.files):
+        if json.loads((packed_home(model.manifest) / "untouched.json").read_text()) == states(model.files):
             return
     for name in tqdm(
         model.manifest["files"], "checking", unit="file", disable=None if progress else True):
@@ -515,13 +543,6 @@ def machine() -> dict:
     return dict(cpu=cpu, machine=platform.machine(), system=platform.system(),
                 litert=importlib.metadata.version("ai-edge-litert"))
 
-def states(paths: Iterable[Path]) -> dict[str, list[int]]:
-    "What tells whether a file has been touched: size, time, place on the disk."
-    found = {path: path.stat() for path in paths if path.exists()}
-    return {
-        str(path): [state.st_size, state.st_mtime_ns, state.st_ino] for path, state in found.items()
-    }
-
 # %% ../nbs/21_conversion.ipynb #526ac3fd
 @contextlib.contextmanager
 def waiting_for(folder: Path, work: str):
@@ -550,7 +571,7 @@ class PackedWeights:
 
     def __init__(self, model: Converted):
         self.model = model
-        self.folder = packed_home(model) / digest([str(model.path.absolute()), machine()])[:16]
+        self.folder = packed_home(model.manifest) / digest([str(model.path.absolute()), machine()])[:16]
         self.programs = [
             name for name in program_names(model.config) if name in model.manifest["files"]]
 

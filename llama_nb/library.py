@@ -12,7 +12,7 @@ from .checkpoint import Checkpoint, CheckpointError, LlamaConfig, bard_folder
 from .files import cache_folder, quiet_start, reading
 from .hub import PRESETS, find_model
 from .positions import family
-from .quantization import DTYPES
+from .quantization import BLOCK, DTYPES
 from .sampling import GenerationError, check_number
 from .vocabularies import check_vocabulary, load_tokenizer, open_with_tokenizer
 
@@ -89,20 +89,17 @@ def describe(
     stored = collections.Counter(tensor.stored for tensor in checkpoint.values()) if is_source else {}
     table = memory_table(checkpoint, config)
     chosen = next(row for row in table if row["dtype"] == dtype)
+    form = checkpoint if not is_source else kept_form(path, dtype) if dtype in DTYPES else None
     return dict(path=str(path), family=family(config), **dataclasses.asdict(config),
                 parameters=config.n_parameters, tensors=dict(stored),
-                tokenizer=type(tokenizer).__name__, **chosen, memory=table)
+                tokenizer=type(tokenizer).__name__,
+                rounding=form.manifest.get("rounding") if form else None, **chosen, memory=table)
 
 # %% ../nbs/29_library.ipynb #mv57f3c1
 def check_choice(name: str, value, choices: Iterable[str]) -> None:
     "Refuses a value that is not among the choices."
     if value not in choices:
         raise GenerationError(f"{name} should be {' or '.join(choices)}, found {value!r}")
-
-def usual_dtype(kinds: Iterable[str]) -> str:
-    "The fast engine's dtype for tensors stored in these ways: int4 where most matrices are Q4_0."
-    count = collections.Counter(kinds)
-    return "int4" if 2 * count["Q4_0"] > count.total() else "int8"
 
 def choose_dtype(checkpoint, config: LlamaConfig, dtype: str | None, say=lambda line: None) -> str:
     """The dtype to run a model in: the one that is asked for, if it can be had, else the fast
@@ -121,8 +118,10 @@ def choose_dtype(checkpoint, config: LlamaConfig, dtype: str | None, say=lambda 
         say(f"{why}; computing in float32")
         return "float32"
     if dtype: return dtype
+    from llama_nb.conversion import usual_dtype
     fits = {row["dtype"]: row["fits"] for row in memory_table(checkpoint, config)}
-    usual = usual_dtype(tensor.stored for tensor in checkpoint.values() if len(tensor.shape) == 2)
+    kinds = [tensor.stored for tensor in checkpoint.values() if len(tensor.shape) == 2]
+    usual = "int8" if config.dim % BLOCK else usual_dtype(kinds)
     if usual == "int4" or fits["int8"]: return usual
     say(f"{checkpoint.path}: int8 does not fit into memory; computing in int4")
     return "int4"
@@ -156,6 +155,18 @@ def converted_form(path: Path, dtype: str, progress: bool = False):
             conversion.convert(path, folder, dtype, progress)
         return conversion.open_converted(folder)
 
+def check_fits(checkpoint, config: LlamaConfig, dtype: str) -> None:
+    "Refuses to convert what the memory at hand could not hold afterwards."
+    from llama_nb.conversion import available_memory
+    row = next(row for row in memory_table(checkpoint, config) if row["dtype"] == dtype)
+    if not row["fits"]:
+        needed = (row["weights_bytes"] + row["cache_bytes"]) / 1e9
+        raise GenerationError(
+            f"{checkpoint.path}: {needed:.2f} GB of memory are needed for {dtype} and a context of"
+            f" {config.context_length} tokens, {available_memory() / 1e9:.2f} GB are available;"
+            " a shorter --context-length" + (" or --dtype int4" if dtype == "int8" else "")
+            + " takes less")
+
 # %% ../nbs/29_library.ipynb #01455b5a
 def find_form(path: Path, dtype: str | None, context_length: int | None, progress: bool = False):
     """The `Converted` to run a source in, its tokenizer and configuration; or None, if float32
@@ -164,15 +175,17 @@ def find_form(path: Path, dtype: str | None, context_length: int | None, progres
     if dtype in BYTES: return None
     for each in [dtype] if dtype else DTYPES:
         model = kept_form(path, each)
-        kinds = [kind for shape, kind in model.manifest["tensors"].values() if len(shape) == 2] if model else []
-        if model and (dtype or usual_dtype(kinds) == each) and conversion.fits_memory(model, context_length):
-            break
+        if model is None: continue
+        kinds = [kind for shape, kind in model.manifest["tensors"].values() if len(shape) == 2]
+        usual = dtype or conversion.usual_dtype(kinds)
+        if usual == each and conversion.fits_memory(model, context_length): break
     else:
         checkpoint, _ = open_with_tokenizer(path)
         config = with_context(checkpoint.config, context_length)
         def say(line): print(line, file=sys.stderr)
         dtype = choose_dtype(checkpoint, config, dtype, say)
         if dtype in BYTES: return None
+        check_fits(checkpoint, config, dtype)
         model = converted_form(path, dtype, progress)
     return model, load_tokenizer(model.path), with_context(model.config, context_length)
 

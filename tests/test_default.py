@@ -150,8 +150,8 @@ def test_a_context_beyond_fixed_positions_takes_float32(tmp_path, cache, capsys)
 
 
 def test_most_matrices_decide():
-    assert library.usual_dtype(["Q4_0"] * 8 + ["Q6_K"]) == "int4"
-    assert library.usual_dtype(["Q4_1"] * 8) == library.usual_dtype(["bfloat16"]) == library.usual_dtype(["Q4_0", "F16"]) == "int8"
+    assert conversion.usual_dtype(["Q4_0"] * 8 + ["Q6_K"]) == "int4"
+    assert conversion.usual_dtype(["Q4_1"] * 8) == conversion.usual_dtype(["bfloat16"]) == conversion.usual_dtype(["Q4_0", "F16"]) == "int8"
 
 
 # float32 where it is needed.
