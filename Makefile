@@ -12,6 +12,7 @@ WHY = $$(grep -aoh "ERROR: .*" $(VENV)/pip.log 2>/dev/null | grep -v present-ric
 STRICT = each WARNING or ERROR above names its file and reason
 DROP_STDERR = import sys, nbformat; name = sys.argv[1]; notebook = nbformat.read(name, 4); \
 	[cell.update(outputs=[o for o in cell.outputs if o.get("name") != "stderr"]) for cell in notebook.cells if "outputs" in cell]; nbformat.write(notebook, name)
+PYTEST = python -m pytest -n 2 --dist loadfile
 BUILD = jupyter-book build . -n -W --keep-going
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
@@ -26,8 +27,12 @@ demo: $(VENV)/.demo ## install the package, fetch a small model, continue a prom
 test: $(DEV) ## pass every test: package in step, strict book build (runs all chapters), pytest
 	@echo "==> is the package in step with the notebooks?"
 	@python tests/test_sync.py || $(call FAILED,the package is out of step with the notebooks; \`make sync\` mends that)
-	@$(MAKE) --no-print-directory book; built=$$?; \
-	echo "==> pytest"; python -m pytest tests -n 2 --dist loadfile && exit $$built
+	@echo "==> pytest, beside the book's build: what does not look at the book ($(VENV)/pytest.log)"
+	@trap 'kill $$tests 2>/dev/null' EXIT INT TERM; \
+	$(PYTEST) --ignore tests/test_book.py --ignore tests/test_outputs.py >$(VENV)/pytest.log 2>&1 & tests=$$!; \
+	$(MAKE) --no-print-directory book; built=$$?; \
+	wait $$tests; passed=$$?; cat $(VENV)/pytest.log; \
+	echo "==> pytest, the book"; $(PYTEST) tests/test_book.py tests/test_outputs.py && exit $$((built || passed))
 
 book: $(DEV) ## build book/_build/html, executing the chapters that changed
 	@echo "==> building the book (executes the chapters: several minutes the first time)"

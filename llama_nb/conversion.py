@@ -223,7 +223,7 @@ def rotary_angles(config: LlamaConfig) -> np.ndarray:
 
 # %% ../nbs/21_conversion.ipynb #5fe35ae2
 def file_writers(read: Callable, config: LlamaConfig, dtype: str, ids: Sequence[int],
-                 own_block: int | None = None):
+                 block: int = BLOCK):
     """Each file's name and `write(path)`, one after the other; `ids`: a text that shows how
     large features get."""
     table, angles = embedding_table(read, dtype), rotary_angles(config)
@@ -236,15 +236,15 @@ def file_writers(read: Callable, config: LlamaConfig, dtype: str, ids: Sequence[
         write_program(path,
                       program,
                       {name: quantize_tensor(prefix + name, values, dtype, importance.get(name),
-                                             own_block)
+                                             block)
                        for name, values in weights.items()})
-    block, head = (fitted_program(name, config) for name in ("block", "head"))
+    middle, head = (fitted_program(name, config) for name in ("block", "head"))
     *layers, last = program_names(config)
     for layer, name in enumerate(layers):
         weights = block_tensors(read, config, layer)
         x, rows = block_pass(x, weights, config, angles)
         if dtype == "int8": balance_block(weights, rows)
-        yield name, functools.partial(write, f"layers.{layer}.", weights, rows, block)
+        yield name, functools.partial(write, f"layers.{layer}.", weights, rows, middle)
     weights = head_tensors(read, config)
     if dtype == "int8":
         balance(weights["norm_weight"], weights["output"],
@@ -375,6 +375,8 @@ def note_states(folder: Path, manifest: dict) -> None:
             part.write_text(to_json(states(folder / name for name in manifest["files"])))
 
 # %% ../nbs/21_conversion.ipynb #c4a2614a
+Q4_0_BLOCK = 32
+
 def usual_dtype(kinds: Iterable[str]) -> str:
     "The fast engine's dtype for matrices stored in these ways: int4 where most are Q4_0."
     count = collections.Counter(kinds)
@@ -411,8 +413,8 @@ def convert(source, folder, dtype: str = "int8", progress: bool = False) -> Path
         bar = tqdm(total=sum(sizes.values()), desc="converting", unit="B", unit_scale=True,
                    disable=None if progress else True)
         kinds = [tensor.stored for tensor in checkpoint.values() if len(tensor.shape) == 2]
-        own_block = 32 if dtype == usual_dtype(kinds) == "int4" else None
-        for name, write in file_writers(checkpoint.read, config, dtype, ids, own_block):
+        block = Q4_0_BLOCK if usual_dtype(kinds) == "int4" else BLOCK
+        for name, write in file_writers(checkpoint.read, config, dtype, ids, block):
             if not (folder / name).exists():
                 with reading(folder / name), written_whole(folder / name) as part: write(part)
             bar.update(sizes[name])

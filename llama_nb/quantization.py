@@ -132,25 +132,12 @@ def fit_scales(blocks: np.ndarray, scales: np.ndarray, bits: int,
         gains = np.maximum(gain, gains)
     return scales
 
-# %% ../nbs/18_quantization.ipynb #fa69f06e
-def own_scales(blocks: np.ndarray, scales: np.ndarray, bits: int) -> np.ndarray:
-    """For blocks that are whole numbers times a scale already, the largest such scale; `scales`
-    for all others."""
-    largest = np.maximum(np.abs(blocks).max(axis=-1), np.float32(1e-30))
-    for most in range(1, 9):
-        candidates = largest / np.float32(most)
-        values = round_to(blocks, candidates, bits)
-        exact = (values * candidates[..., None] == blocks).all(axis=-1)
-        scales = np.where(exact, candidates, scales)
-    return scales
-
 # %% ../nbs/18_quantization.ipynb #8fd3dbb4
 def quantize(matrix: np.ndarray, bits: int = 8, block: int | None = None,
-             importance=None, again: bool = False) -> Quantized:
+             importance=None) -> Quantized:
     """Rounds a matrix (out, in) to 8 or 4 bits, with a scale for each row or for each `block`
     numbers of a row, at which the largest number fits. With `importance`, (in,) or one number
-    for all: scales of the least squared error, so weighted. `again`: where a block was rounded
-    before, with a scale that can be had, it keeps its whole numbers."""
+    for all: scales of the least squared error, so weighted."""
     size = block or matrix.shape[1]
     if importance is not None:
         importance = np.broadcast_to(importance, matrix.shape[1:])
@@ -160,7 +147,6 @@ def quantize(matrix: np.ndarray, bits: int = 8, block: int | None = None,
         blocks = in_blocks(rows, size)
         scales = absmax_scales(blocks, bits)
         if importance is not None: scales = fit_scales(blocks, scales, bits, importance)
-        if again: scales = own_scales(blocks, scales, bits)
         if bits == 4: scales = storable(scales)
         values = round_to(blocks, scales, bits).astype(np.int8)
         return values.reshape(len(rows), -1)[:, :matrix.shape[1]], scales
@@ -185,17 +171,17 @@ BLOCK = 64
 
 # %% ../nbs/18_quantization.ipynb #mv836042
 def quantize_tensor(name: str, values: np.ndarray, dtype: str,
-                    importance=None, own_block: int | None = None) -> Quantized | np.ndarray:
+                    importance=None, block: int = BLOCK) -> Quantized | np.ndarray:
     """What "int8" or "int4" makes of a checkpoint's tensor: norms stay float32, the embedding
     table and the head have 8 bits either way. `importance`: of a matrix's inputs, if known.
-    `own_block`: of how many numbers the blocks are in which it was rounded to 4 bits before."""
+    `block`: how many numbers share a scale in int4."""
     if dtype not in ("int8", "int4"):
         raise ValueError(f"dtype should be int8 or int4, found {dtype!r}")
     if values.ndim == 1:
         return np.asarray(values, np.float32)
     if dtype == "int8" or not name.startswith("layers."):
         return quantize(values, bits=8, importance=importance)
-    return quantize(values, 4, own_block or BLOCK, importance, again=own_block is not None)
+    return quantize(values, 4, block, importance)
 
 # %% ../nbs/18_quantization.ipynb #f4335060
 def rounded(checkpoint: Checkpoint, change) -> Checkpoint:

@@ -2,6 +2,7 @@
 import dataclasses
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -291,3 +292,42 @@ def test_no_home_and_a_read_only_installation(tmp_path):
     if done.returncode and "Permission denied" in done.stderr: pytest.skip("this interpreter can't be run by another user")
     assert done.returncode == 0 and len(done.stderr.splitlines()) == 1, done.stderr
     assert (tmp_path / "llama_nb-12345" / "converted").is_dir()
+
+
+# Q4_0.
+
+def write_q4_0(path, source):
+    "A GGUF file of Q4_0 blocks, as llama.cpp's tools write it."
+    import gguf
+    from llama_nb.gguf import add_fields, gguf_fields, gguf_tensors
+    from llama_nb.vocabularies import gguf_vocabulary, open_with_tokenizer
+    checkpoint, tokenizer = open_with_tokenizer(source)
+    writer, kind = gguf.GGUFWriter(path, "llama"), gguf.GGMLQuantizationType.Q4_0
+    add_fields(writer, gguf_fields(checkpoint.config) | gguf_vocabulary(tokenizer))
+    for name, tensor in gguf_tensors(checkpoint).items():
+        values = np.asarray(tensor.read(), np.float32)
+        if name.startswith("blk") and values.ndim == 2: writer.add_tensor(name, gguf.quantize(values, kind), raw_dtype=kind)
+        else: writer.add_tensor(name, values)
+    writer.write_header_to_file(), writer.write_kv_data_to_file(), writer.write_tensors_to_file(), writer.close()
+    return path
+
+
+def test_q4_0_keeps_its_numbers(tmp_path, cache, capsys):
+    file = write_q4_0(tmp_path / "model.gguf", write_tiny(tmp_path / "source", hidden_dim=128))
+    llm = load(file)
+    assert llm.dtype == "int4"
+    found = conversion.read_program(llm.converted.path / "layers.0.tflite")["wo"]
+    exact = library.open_model(file)[2].read("layers.0.attention.wo.weight")
+    blocks = exact.reshape(len(exact), -1, 32)
+    extreme = np.take_along_axis(blocks, np.abs(blocks).argmax(-1)[..., None], -1)[..., 0]
+    close = (np.abs(found.dequantize() - exact).reshape(blocks.shape) <= np.abs(blocks) / 250).all(-1)
+    assert found.block == 32 and close[extreme < 0].all() and (extreme < 0).mean() > 0.3, "theirs, but for the rounding of the scale"
+    about = describe(file)
+    assert about["dtype"] == "int4" and 0 < about["rounding"] < 0.06
+    assert main(["info", str(file)]) == 0 and re.search(rf"rounding +{about['rounding']:.1%} of the weights' size", capsys.readouterr().out)
+
+
+def test_memory_is_looked_at_before_a_conversion(source, cache, monkeypatch):
+    monkeypatch.setattr(conversion, "available_memory", lambda: 1000)
+    with pytest.raises(GenerationError, match="GB of memory are needed for int8 .* or --dtype int4 takes less"): load(source, dtype="int8")
+    assert not any(cache.rglob("*.tflite"))
