@@ -29,7 +29,8 @@ def ffn_hidden_dim(dim: int, multiple_of: int = 256,
 # %% ../nbs/01_checkpoint.ipynb #a7b8500a
 @dataclasses.dataclass(frozen=True)
 class LlamaConfig:
-    "The numbers that fix a LLaMA's shape. `tied`: the embedding table is the output too."
+    """The numbers that fix a LLaMA's shape. `tied`: the embedding table is the output too.
+    `rope_scaling` and `sliding_window` are options of later models (chapter 11)."""
     dim: int
     n_layers: int
     n_heads: int
@@ -76,20 +77,20 @@ SIZES = {"7B": dict(dim=4096, n_layers=32, n_heads=32, multiple_of=256, norm_eps
          "70B": dict(dim=8192, n_layers=80, n_heads=64, n_kv_heads=8, multiple_of=4096,
                      ffn_dim_multiplier=1.3, norm_eps=1e-5)}
 
+# %% ../nbs/01_checkpoint.ipynb #mv67df9c
+FLOATS = {"float32": np.dtype(np.float32), "float16": np.dtype(np.float16),
+          "bfloat16": np.dtype(ml_dtypes.bfloat16)}
+
 # %% ../nbs/01_checkpoint.ipynb #80e8e15e
 @dataclasses.dataclass(frozen=True)
 class LazyTensor:
     """A shape and a dtype now, values when `read()` is called. `stored`: the form on disk.
-    `shards`: the slices, in order, of a tensor that is stored in several files."""
+    `shards`: the slices, in order, of a tensor stored in several files (chapter 12)."""
     shape: tuple[int, ...]
     dtype: np.dtype
     stored: str
     read: Callable[[], np.ndarray]
     shards: tuple["LazyTensor", ...] = ()
-
-# %% ../nbs/01_checkpoint.ipynb #mv67df9c
-FLOATS = {"float32": np.dtype(np.float32), "float16": np.dtype(np.float16),
-          "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 
 # %% ../nbs/01_checkpoint.ipynb #198316fe
 class CheckpointError(ValueError):
@@ -115,7 +116,8 @@ def check_tensor(name: str, tensor: LazyTensor | None, shape: tuple[int, ...] | 
 
 # %% ../nbs/01_checkpoint.ipynb #2df7def7
 class Checkpoint(Mapping):
-    "Names to lazy tensors: Meta's naming, (out, in) matrices, adjacent rotary pairs."
+    """Names to lazy tensors, as Meta stores them: matrices are (out, in), and the rows of `wq` and
+    `wk` are in the order of adjacent rotary pairs (chapter 6)."""
 
     def __init__(self, path, config: LlamaConfig, tensors: Mapping[str, LazyTensor]):
         self.path, self.config, shapes = Path(path), config, config.tensor_shapes()
