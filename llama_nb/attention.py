@@ -34,7 +34,7 @@ def causal_scores(q, k, start=0, window=None, mask=None, divisor=None):
     batch, heads, length, head_dim = ops.shape(q)
     kv_heads, key_length = ops.shape(k)[1:3]
     grouped = ops.reshape(q, (batch, kv_heads, heads // kv_heads, length, head_dim))
-    scores = ops.einsum("bhgqd,bhkd->bhgqk", grouped, k)
+    scores = ops.einsum("bhgid,bhjd->bhgij", grouped, k)
     scores = ops.cast(ops.reshape(scores, (batch, heads, length, key_length)), "float32")
     queries, keys = start + ops.expand_dims(ops.arange(length), 1), ops.arange(key_length)
     visible = keys <= queries if mask is None else mask(queries, keys)
@@ -49,12 +49,34 @@ def mix_values(weights, v):
     batch, heads, length, key_length = ops.shape(weights)
     kv_heads, head_dim = v.shape[1], v.shape[3]
     grouped = ops.reshape(weights, (batch, kv_heads, heads // kv_heads, length, key_length))
-    mixed = ops.einsum("bhgqk,bhkd->bhgqd", grouped, v)
+    mixed = ops.einsum("bhgij,bhjd->bhgid", grouped, v)
     return ops.reshape(mixed, (batch, heads, length, head_dim))
+
+# %% ../nbs/05_attention.ipynb #mv05ebce
+NO_PADDING = ("{}: got a padding mask, which this layer does not apply; put padding after the "
+              "text, where the causal mask hides it from every token of the text")
+
+class SavedAttention(keras.layers.Layer):
+    "What Keras needs to save `Attention` and load it again."
+
+    def compute_output_shape(self, input_shape):
+        return input_shape
+
+    def get_config(self):
+        names = "n_heads", "n_kv_heads", "head_dim", "position", "initializer", "window", "mask"
+        serialize = keras.saving.serialize_keras_object
+        config = {name: serialize(getattr(self, name)) for name in names}
+        return super().get_config() | config | dict(divisor=self.divisor)
+
+    @classmethod
+    def from_config(cls, config):
+        parts = {name: keras.saving.deserialize_keras_object(config[name])
+                 for name in ("position", "mask")}
+        return cls(**config | parts)
 
 # %% ../nbs/05_attention.ipynb #576d17a9
 @keras.saving.register_keras_serializable("llama_nb")
-class Attention(keras.layers.Layer):
+class Attention(SavedAttention):
     """Causal self-attention (Vaswani et al. 2017) with grouped queries (Ainslie et al. 2023),
     without biases; (batch, seq, dim) to the same shape.
 
@@ -95,22 +117,3 @@ class Attention(keras.layers.Layer):
         weights = tap(f"{self.name}.weights", ops.softmax(scores, axis=-1))
         mixed = mix_values(ops.cast(weights, self.compute_dtype), v)
         return tap(self.name, self.wo(merge_heads(mixed)))
-
-    def compute_output_shape(self, input_shape):
-        return input_shape
-
-    def get_config(self):
-        names = "n_heads", "n_kv_heads", "head_dim", "position", "initializer", "window", "mask"
-        serialize = keras.saving.serialize_keras_object
-        config = {name: serialize(getattr(self, name)) for name in names}
-        return super().get_config() | config | dict(divisor=self.divisor)
-
-    @classmethod
-    def from_config(cls, config):
-        parts = {name: keras.saving.deserialize_keras_object(config[name])
-                 for name in ("position", "mask")}
-        return cls(**config | parts)
-
-# %% ../nbs/05_attention.ipynb #mv05ebce
-NO_PADDING = ("{}: got a padding mask, which this layer does not apply; put padding after the "
-              "text, where the causal mask hides it from every token of the text")

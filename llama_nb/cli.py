@@ -63,6 +63,8 @@ def model_options() -> Parser:
     return options
 
 # %% ../nbs/30_cli.ipynb #459c0624
+THREADS = "how many to compute with (default: the cores that this process may use)"
+
 def sampling_options() -> Parser:
     "What to continue, and how."
     options, default = Parser(add_help=False), Sampler()
@@ -80,7 +82,7 @@ def sampling_options() -> Parser:
     add("-s", "--seed", type=whole(0), help="the same seed gives the same text")
     add("--stop", type=some_text, action="append", default=[], metavar="TEXT",
         help="end before this text; may be repeated")
-    add("-t", "--threads", type=whole(1), help="how many to compute with (default: the cores that this process may use)")
+    add("-t", "--threads", type=whole(1), help=THREADS)
     add("--ray", metavar="ADDRESS",
         help="spread the blocks of a converted model over this Ray cluster; auto finds one here")
     return options
@@ -170,7 +172,7 @@ def make_parser() -> argparse.ArgumentParser:
     bench.add_argument("path", nargs="?", help="the same as -m")
     bench.add_argument("--vs", choices=["llama.cpp"], help="measure it beside this")
     bench.add_argument(
-        "-t", "--threads", type=whole(1), help="how many to compute with (default: the cores that this process may use)")
+        "-t", "--threads", type=whole(1), help=THREADS)
     return parser
 
 # %% ../nbs/30_cli.ipynb #e7189017
@@ -207,7 +209,8 @@ def load_for(arguments):
             raise GenerationError("this model has no chat template; use generate")
     with quiet_start():
         llm = load(arguments.model, arguments.dtype, arguments.context_length, arguments.threads,
-                   progress=sys.stderr.isatty(), **places_of(arguments), ray=arguments.ray, sequences=1)
+                   progress=sys.stderr.isatty(), **places_of(arguments), ray=arguments.ray,
+                   sequences=1)
         llm.tokenizer.encode("")
     return llm
 
@@ -393,8 +396,8 @@ def run_rm(arguments) -> None:
     "Frees what the cache holds under a name."
     rows = remove_cached(arguments.name)
     if arguments.json: return print(json.dumps(rows), flush=True)
-    freed = as_size(sum(row["bytes"] for row in rows))
-    print(f"{freed} freed: {', '.join(sorted({row['kind'] for row in rows})) or 'nothing'}", flush=True)
+    freed, kinds = as_size(sum(row["bytes"] for row in rows)), sorted({row["kind"] for row in rows})
+    print(f"{freed} freed: {', '.join(kinds) or 'nothing'}", flush=True)
 
 # %% ../nbs/30_cli.ipynb #c9bd57ba
 def run_synth(arguments) -> None:
@@ -512,6 +515,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if hasattr(sys.stdout, "reconfigure"): sys.stdout.reconfigure(errors="replace")
         arguments = make_parser().parse_args(argv)
+        os.environ["KERAS_BACKEND"] = "tensorflow"
         return 130 if COMMANDS[arguments.command](arguments) == "interrupted" else 0
     except (CheckpointError, TokenizerError, GenerationError, UsageError) as error:
         print(f"llama-nb: {error}", file=sys.stderr)

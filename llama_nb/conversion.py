@@ -5,8 +5,8 @@ __all__ = ['write_program', 'read_program', 'file_sizes', 'convert', 'Converted'
            'PackedWeights', 'available_memory', 'open_engine', 'open_source', 'LiteRTLlama']
 
 # %% ../nbs/21_conversion.ipynb #mv88f66d
-import collections, contextlib, dataclasses, functools, hashlib, importlib.resources, json, math, os, platform
-import shutil, sys
+import collections, contextlib, dataclasses, functools, hashlib, importlib.resources, json, math
+import os, platform, shutil, sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -490,8 +490,8 @@ def check_contents(model: Converted, progress: bool = False) -> None:
     """Compares every file with the manifest's fingerprint of it, unless all files are as they
     were when that was last known."""
     with contextlib.suppress(OSError, ValueError):
-        if json.loads((packed_home(model.manifest) / "untouched.json").read_text()) == states(model.files):
-            return
+        note = packed_home(model.manifest) / "untouched.json"
+        if json.loads(note.read_text()) == states(model.files): return
     for name in tqdm(
         model.manifest["files"], "checking", unit="file", disable=None if progress else True):
         check_content(model, name, model.path / name)
@@ -573,7 +573,8 @@ class PackedWeights:
 
     def __init__(self, model: Converted):
         self.model = model
-        self.folder = packed_home(model.manifest) / digest([str(model.path.absolute()), machine()])[:16]
+        key = digest([str(model.path.absolute()), machine()])
+        self.folder = packed_home(model.manifest) / key[:16]
         self.programs = [
             name for name in program_names(model.config) if name in model.manifest["files"]]
 

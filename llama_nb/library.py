@@ -86,7 +86,8 @@ def describe(
     path, tokenizer, checkpoint, config = open_model(name, context_length, progress)
     dtype = choose_dtype(checkpoint, config, dtype)
     is_source = isinstance(checkpoint, Checkpoint)
-    stored = collections.Counter(tensor.stored for tensor in checkpoint.values()) if is_source else {}
+    stored = collections.Counter(
+        tensor.stored for tensor in (checkpoint.values() if is_source else []))
     table = memory_table(checkpoint, config)
     chosen = next(row for row in table if row["dtype"] == dtype)
     form = checkpoint if not is_source else kept_form(path, dtype) if dtype in DTYPES else None
@@ -244,6 +245,7 @@ def load_form(path: Path, model, tokenizer, config: LlamaConfig, threads, progre
 
 def load_keras(path: Path, dtype: str, context_length, threads, progress):
     "A `Llama` that computes with Keras."
+    check_backend(dtype)
     set_threads(threads)
     from llama_nb.chat import ChatLlama
     from llama_nb.model import build_model, load_weights
@@ -287,6 +289,13 @@ def set_threads(threads: int | None) -> None:
             raise GenerationError("threads can only be set before TensorFlow is first used in the"
                                   " process") from None
 
+def check_backend(dtype: str) -> None:
+    "Refuses another backend of Keras than TensorFlow, for which decoding is compiled."
+    import keras
+    if (found := keras.backend.backend()) != "tensorflow":
+        raise GenerationError(f"dtype {dtype} needs Keras with TensorFlow, found {found}; set"
+                              " KERAS_BACKEND=tensorflow before Keras is imported, or take int8")
+
 # %% ../nbs/29_library.ipynb #e5eb1b60
 def folder_bytes(path: Path) -> int:
     "The bytes of a file, or of all files in a folder."
@@ -312,7 +321,8 @@ def cached_models() -> list[dict]:
     converted or packed), `dtype`, `bytes`, `path`."""
     home, rows = cache_folder(), []
     def add(name, kind, path, dtype=None):
-        rows.append(dict(name=name, kind=kind, dtype=dtype, bytes=folder_bytes(path), path=str(path)))
+        rows.append(dict(name=name, kind=kind, dtype=dtype, bytes=folder_bytes(path),
+                         path=str(path)))
     for path in sorted(home.glob("[!.]*")):
         if path.is_file(): add(source_name(path), "fetched", path)
     for path in sorted((home / "converted").glob("*/")):

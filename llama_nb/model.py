@@ -22,20 +22,20 @@ def make_layers(config: LlamaConfig, dtype: str = "float32",
     """The layers of a LLaMA by name, in the order of the forward pass. All attentions share one
     rotary embedding. Without an `initializer`, weights are drawn with standard deviation 0.02."""
     initializer = initializer or keras.initializers.RandomNormal(stddev=0.02)
-    same = dict(initializer=keras.initializers.get(initializer), dtype=dtype)
+    common = dict(initializer=keras.initializers.get(initializer), dtype=dtype)
     heads = config.n_heads, config.n_kv_heads, config.head_dim
     position = RotaryEmbedding(config.head_dim, config.context_length, config.rope_theta,
                                config.rope_scaling, name="rope", dtype=dtype)
-    layers = [TokenEmbedding(config.vocab_size, config.dim, name="tok_embeddings", **same)]
+    layers = [TokenEmbedding(config.vocab_size, config.dim, name="tok_embeddings", **common)]
     for index in range(config.n_layers):
         name = f"layers.{index}"
         attention = Attention(*heads, position, window=config.sliding_window,
-                              name=f"{name}.attention", **same)
-        feed_forward = FeedForward(config.hidden_dim, name=f"{name}.feed_forward", **same)
+                              name=f"{name}.attention", **common)
+        feed_forward = FeedForward(config.hidden_dim, name=f"{name}.feed_forward", **common)
         layers.append(Block(attention, feed_forward, config.norm_eps, name=name, dtype=dtype))
     layers.append(RMSNorm(config.norm_eps, name="norm", dtype=dtype))
     if not config.tied:
-        layers.append(projection("output", config.dim, config.vocab_size, **same))
+        layers.append(projection("output", config.dim, config.vocab_size, **common))
     return {layer.name: layer for layer in layers}
 
 # %% ../nbs/07_model.ipynb #dbbb2cbb
@@ -91,7 +91,9 @@ def load_weights(model: keras.Model, checkpoint: Checkpoint, progress: bool = Fa
     """Copies a checkpoint's tensors into the model, one at a time; returns the model. Raises
     CheckpointError, and copies nothing, unless all names and shapes agree."""
     variables = weight_variables(model)
-    for name in sorted(variables.keys() ^ checkpoint.keys()):
+    unmatched = variables.keys() ^ checkpoint.keys()
+    if unmatched:
+        name = min(unmatched)
         problem = "missing" if name in variables else "not in the model"
         raise CheckpointError(f"{checkpoint.path}: tensor {name} is {problem}")
     for name, variable in variables.items():

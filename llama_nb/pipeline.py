@@ -243,8 +243,8 @@ class Pipeline(Engine):
         check_number("sequences", sequences, int, lambda value: 1 <= value <= ROWS,
                      f"a whole number from 1 to {ROWS}")
         self.model, self.config, self.sequences, self.patience = model, config, sequences, patience
-        self.threads, self.cache, self.stages, self.attempts = (threads or available_cores(), None, {},
-                                                                ATTEMPTS)
+        self.threads = threads or available_cores()
+        self.cache, self.stages, self.attempts = None, {}, ATTEMPTS
         (head,) = open_programs(part(model, "head.tflite", "tok_embeddings.npy"), self.threads)
         self.open_ends(np.load(model.path / "tok_embeddings.npy", mmap_mode="r"), head)
         self.joined = connect(address)

@@ -48,8 +48,9 @@ class RotaryEmbedding(keras.layers.Layer):
     (batch, heads, seq, head_dim) by the angles of their positions; the first
     position is `start` (Su et al. 2021).
 
-    `scaling(frequencies, length)` returns other frequencies, and a factor for the
-    turned features; with a `steady_length` it is asked again for every length.
+    `scaling(frequencies, length)` returns the frequencies to use instead, and a
+    factor for the turned features. If `scaling` has a `steady_length`, it is called
+    in every call of the layer, with the number of tokens so far.
     ValueError: a position is not below `context_length`."""
 
     def __init__(self, head_dim: int, context_length: int, theta: float = 10000.0,

@@ -50,7 +50,7 @@ class TokenizerError(ValueError):
     "A tokenizer that cannot be used, or a text or ids that it cannot take; one line."
 
 # %% ../nbs/02_tokenizer.ipynb #956d333a
-NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # kinds of pieces
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 
 # %% ../nbs/02_tokenizer.ipynb #mv5b5d7b
 class Piece(NamedTuple):
@@ -201,7 +201,7 @@ class Tokenizer(Vocabulary):
 
     def encode(self, text: str, add_bos: bool = True, allow_special: bool = False) -> list[int]:
         """The ids of a text, after `bos_id` if `add_bos` and the model was trained with it.
-        What looks like a special token is plain text unless `allow_special`; no second `bos_id` is added."""
+        Special tokens in it are plain text unless `allow_special`; `bos_id` is not doubled."""
         special = self.special_ids if allow_special else {}
         parts = split_at(special, check_text(text))
         ids = self.encode_parts(special.get(part, part) for part in parts)

@@ -413,3 +413,14 @@ def test_reader_that_goes_away():
     process.stdout.close()
     err = process.stderr.read()
     assert process.wait(60) == 0 and err == b""
+
+
+@pytest.mark.parametrize("backend", ["torch", "jax"])
+def test_another_backend_of_keras(backend):
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "KERAS_BACKEND": backend, "TF_CPP_MIN_LOG_LEVEL": "3"}
+    done = subprocess.run([*LLAMA_NB, *"generate -m bard -p To -n 1 --temp 0 --dtype float32".split()], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.startswith("To") and len(done.stderr.splitlines()) == 1
+    if importlib.util.find_spec(backend):
+        code = "import llama_nb\ntry: llama_nb.load('bard', dtype='float32')\nexcept llama_nb.GenerationError as error: print(error)"
+        done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+        assert done.stdout == f"dtype float32 needs Keras with TensorFlow, found {backend}; set KERAS_BACKEND=tensorflow before Keras is imported, or take int8\n"
