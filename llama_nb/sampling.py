@@ -58,11 +58,11 @@ def draw(logits: np.ndarray, generator: np.random.Generator, greedy: bool = Fals
 @dataclasses.dataclass(frozen=True)
 class Sampler:
     """How the next token is chosen. The rules, in order: repetition penalty, temperature, top-k,
-    top-p, min-p. Names, order and defaults are those of transformers' sampling.
+    top-p, min-p. Their names, order and defaults are those of transformers' sampling; `seed` and
+    `temperature` 0, which takes the most probable token (greedy), are not.
 
-    `temperature` 0 takes the most probable token (greedy). `top_k` 0, `top_p` 1 and `min_p` 0
-    keep all tokens. The same `seed` gives the same choices. A value out of its range raises
-    `GenerationError`."""
+    `top_k` 0, `top_p` 1 and `min_p` 0 keep all tokens. The same `seed` gives the same choices. A
+    value out of its range raises `GenerationError`."""
     temperature: float = 1.0
     top_k: int = 50
     top_p: float = 1.0

@@ -1,3 +1,4 @@
+import contextlib
 import os
 from pathlib import Path
 
@@ -8,6 +9,8 @@ os.environ.setdefault("KERAS_BACKEND", "tensorflow")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 from llama_nb.checkpoint import CheckpointError
+from llama_nb.files import cache_folder
+from llama_nb.hub import find_model
 from llama_nb.quantization import divergence
 from llama_nb.sampling import Sampler
 
@@ -53,6 +56,18 @@ def written_as_alone(llm, stream, **sampling):
     same_but_for_rounding(llm.logits(ids)[first - 1:end - 1], np.array(stream.seen[:end - first]))
     choose = Sampler(**sampling).chooser()
     assert [choose(logits, ids[:place]) for place, logits in zip(range(first, end), stream.seen)] == stream.new_ids
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory):
+    "What tests convert and pack goes to a folder of their own; fetched files are found where they are."
+    folder = tmp_path_factory.mktemp("cache")
+    with contextlib.suppress(CheckpointError): find_model("smollm2-135m-instruct")
+    for file in cache_folder().glob("[!.]*.*"):
+        if file.is_file(): (folder / file.name).symlink_to(file)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LLAMA_NB_CACHE", str(folder))
+        yield folder
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,5 @@
 """The command line: what it prints and where, and one line with exit code 2 for every mistake of the user's."""
+import importlib.util
 import io
 import itertools
 import json
