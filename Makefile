@@ -29,10 +29,10 @@ test: $(DEV) ## pass every test: package in step, strict book build (runs all ch
 	@python tests/test_sync.py || $(call FAILED,the package is out of step with the notebooks; \`make sync\` mends that)
 	@echo "==> pytest, beside the book's build: what does not look at the book ($(VENV)/pytest.log)"
 	@trap 'kill $$tests 2>/dev/null' EXIT INT TERM; \
-	$(PYTEST) --ignore tests/test_book.py --ignore tests/test_outputs.py >$(VENV)/pytest.log 2>&1 & tests=$$!; \
+	$(PYTEST) tests -m "not book" >$(VENV)/pytest.log 2>&1 & tests=$$!; \
 	$(MAKE) --no-print-directory book; built=$$?; \
 	wait $$tests; passed=$$?; cat $(VENV)/pytest.log; \
-	echo "==> pytest, the book"; $(PYTEST) tests/test_book.py tests/test_outputs.py && exit $$((built || passed))
+	echo "==> pytest, the book"; $(PYTEST) tests -m book && exit $$((built || passed))
 
 book: $(DEV) ## build book/_build/html, executing the chapters that changed
 	@echo "==> building the book (executes the chapters: several minutes the first time)"

@@ -25,7 +25,7 @@ REDIRECTS = yaml.safe_load((ROOT / "book/_config.yml").read_text("utf-8"))["sphi
 DIRECTIVE = re.compile(r"#\s*\|\s*(?:export|hide|eval|default_exp|echo|output)\w*")
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable"))), None)
 
-pytestmark = pytest.mark.skipif(not (HTML / "index.html").exists(), reason="the book has not been built: `make book`")
+pytestmark = [pytest.mark.book, pytest.mark.skipif(not (HTML / "index.html").exists(), reason="the book has not been built: `make book`")]
 
 
 @functools.cache

@@ -16,6 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 EXECUTED = ROOT / "book/_build/jupyter_execute/nbs"
 NOTEBOOKS = sorted((ROOT / "nbs").glob("*.ipynb"))
 
+pytestmark = pytest.mark.book
 RELATIVE, ABSOLUTE = 1e-3, 1e-4
 NUMBER = re.compile(r"(?<![\w.])[-+]?(?:\d+\.\d*|\.\d+|\d+)(?:[eE][-+]?\d+)?|(?<!\w)[-+]?(?:inf|nan)(?!\w)")
 NOISE = re.compile(r"\x1b\[[0-9;]*m|( at )?\b0x[0-9a-fA-F]{6,}\b")

@@ -144,6 +144,7 @@ def colab_link(notebook):
 every_notebook = pytest.mark.parametrize("notebook", sorted((ROOT / "nbs").glob("*.ipynb")), ids=lambda path: path.stem)
 
 
+@pytest.mark.book
 @every_notebook
 def test_colab_link(notebook):
     page = ROOT / f"book/_build/html/nbs/{notebook.stem}.html"

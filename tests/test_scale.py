@@ -100,7 +100,7 @@ def eight(tmp_path_factory, sharded):
 
 
 def keras_logits(folder):
-    llm = library.load(folder)
+    llm = library.load(folder, dtype="float32")
     return llm.logits(IDS), llm.generate("To be, or", **GREEDY)
 
 
