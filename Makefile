@@ -32,7 +32,7 @@ test: $(DEV) ## pass every test: package in step, strict book build (runs all ch
 	$(PYTEST) tests -m "not book" >$(VENV)/pytest.log 2>&1 & tests=$$!; \
 	$(MAKE) --no-print-directory book; built=$$?; \
 	wait $$tests; passed=$$?; cat $(VENV)/pytest.log; \
-	echo "==> pytest, the book"; $(PYTEST) tests -m book --dist load && exit $$((built || passed))
+	echo "==> pytest, the book"; $(PYTEST) tests -m book && exit $$((built || passed))
 
 book: $(DEV) ## build book/_build/html, executing the chapters that changed
 	@echo "==> building the book (executes the chapters: several minutes the first time)"
