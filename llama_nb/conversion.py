@@ -319,7 +319,7 @@ def write_tokenizer(tokenizer: Tokenizer, path: Path) -> None:
 
 # %% ../nbs/21_conversion.ipynb #262c18a9
 def source_states(path: Path) -> dict[str, list[int]]:
-    "The source's files with their sizes and times, and where it is."
+    "The source's files with their sizes and times."
     found = sorted(path.iterdir()) if path.is_dir() else [path]
     return {file.name: [file.stat().st_size, file.stat().st_mtime_ns] for file in found
             if file.is_file()}

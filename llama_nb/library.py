@@ -226,7 +226,7 @@ def load(name, dtype: str | None = None, context_length: int | None = None,
     else:
         form = find_form(path, dtype, context_length, progress)
     if ray is not None:
-        if form is None: check_choice("with Ray, dtype", dtype, ["int8", "int4"])
+        if form is None: check_choice("with Ray, dtype", dtype, DTYPES)
         from llama_nb.pipeline import Pipeline, RayLlama
         model, tokenizer, config = form
         with quiet_start():
@@ -308,12 +308,10 @@ def source_name(path: Path) -> str:
     if path.parent != cache_folder(): return str(path)
     return next((name for name, preset in PRESETS.items() if preset.file == path.name), path.name)
 
-def first_key(path: Path, *keys: str):
-    "A value within a JSON file; None where it isn't there."
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-        value = json.loads(path.read_text())
-        for key in keys: value = value[key]
-        return value
+def read_note(path: Path) -> dict:
+    "A JSON file of the cache; empty where there is none that can be read."
+    with contextlib.suppress(OSError, ValueError): return json.loads(path.read_text())
+    return {}
 
 # %% ../nbs/29_library.ipynb #1375c63d
 def cached_models() -> list[dict]:
@@ -326,15 +324,14 @@ def cached_models() -> list[dict]:
     for path in sorted(home.glob("[!.]*")):
         if path.is_file(): add(source_name(path), "fetched", path)
     for path in sorted((home / "converted").glob("*/")):
-        manifest = next((path / name for name in ("manifest.json", "unfinished.json")
-                         if (path / name).exists()), path)
-        kind = "converted" if manifest.name == "manifest.json" else "unfinished"
-        add(source_name(Path(first_key(manifest, "path") or path)), kind, path,
-            first_key(manifest, "dtype"))
+        finished = (path / "manifest.json").exists()
+        note = read_note(path / ("manifest.json" if finished else "unfinished.json"))
+        add(source_name(Path(note.get("path", path))), "converted" if finished else "unfinished",
+            path, note.get("dtype"))
     for path in sorted((home / "packed").glob("*/*/")):
-        model = Path(first_key(path / "record.json", "model") or path)
-        add(source_name(Path(first_key(model / "manifest.json", "path") or model)), "packed", path,
-            first_key(model / "manifest.json", "dtype"))
+        model = Path(read_note(path / "record.json").get("model", path))
+        note = read_note(model / "manifest.json")
+        add(source_name(Path(note.get("path", model))), "packed", path, note.get("dtype"))
     return rows
 
 def remove_cached(name: str) -> list[dict]:
