@@ -16,7 +16,7 @@ from tqdm import tqdm
 from .batching import PromptLookup, write_together
 from .chat import ChatLlama
 from .checkpoint import Checkpoint, CheckpointError, LazyTensor, LlamaConfig
-from .engine import ROWS, Cache, Engine, Program, attend_rows, available_cores
+from .engine import ROWS, Cache, CachedAttention, Engine, Program, available_cores
 from .engine import block_tensors, cache_bytes, control_groups, fitted_program, normed
 from .engine import padded_hidden, program_shapes
 from .files import FileCheckpoint, cache_folder, check_file, reading, sha256, written_whole
@@ -145,9 +145,9 @@ def block_pass(
     count = len(x)
     into_qkv = normed(x, weights["attention_norm"], config.norm_eps)
     qkv, mixed = into_qkv @ weights["wqkv"].T, np.empty_like(x)
-    cache, = Cache(dataclasses.replace(config, n_layers=1, context_length=count), 1).blocks
-    attend_rows(qkv, np.zeros(count, np.int32), np.arange(count, dtype=np.int32), *angles, *cache,
-                mixed, config.sliding_window or count)
+    cache = Cache(dataclasses.replace(config, n_layers=1, context_length=count), 1)
+    CachedAttention(qkv, np.zeros(count, np.int32), np.arange(count, dtype=np.int32), *angles,
+                    mixed, cache.shape, config.sliding_window or count).run(cache.addresses[0])
     x = x + mixed @ weights["wo"].T
     into_w13 = normed(x, weights["ffn_norm"], config.norm_eps)
     gate, up = np.split(into_w13 @ weights["w13"].T, 2, axis=-1)

@@ -2,19 +2,19 @@
 
 # %% auto #0
 __all__ = ['block_programs', 'compile_programs', 'fitted_program', 'block_tensors', 'Rows', 'new_rows', 'Program', 'Cache',
-           'cache_bytes', 'attend_rows', 'Blocks', 'Engine']
+           'cache_bytes', 'CachedAttention', 'Blocks', 'Engine']
 
 # %% ../nbs/19_cpu_7b.ipynb #mvd00a7f
-import contextlib, ctypes, functools, importlib.resources, math, os, sys, tempfile
+import contextlib, ctypes, functools, hashlib, importlib.metadata, importlib.resources, math, os
+import sys, tempfile, types
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import numba
 import numpy as np
 
 from .checkpoint import CheckpointError, LlamaConfig
-from .files import own_temporary_folder, quiet_start
+from .files import cache_folder, quiet_start, written_whole
 
 # %% ../nbs/19_cpu_7b.ipynb #e3095350
 def block_programs(config: LlamaConfig) -> dict[str, Callable]:
@@ -243,7 +243,6 @@ def normed(x: np.ndarray, weight: np.ndarray, eps: float) -> np.ndarray:
     return x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + eps) * weight
 
 # %% ../nbs/19_cpu_7b.ipynb #68d4b7e8
-@numba.njit(fastmath=True)
 def turn(vector, cos, sin):
     "Rotary position, in place: adjacent pairs of (head_dim,) by the angles of one place."
     for pair in range(len(cos)):
@@ -251,7 +250,6 @@ def turn(vector, cos, sin):
         vector[2 * pair] = real * cos[pair] - imaginary * sin[pair]
         vector[2 * pair + 1] = real * sin[pair] + imaginary * cos[pair]
 
-@numba.njit(fastmath=True)
 def store(vector, values):
     "Puts a vector into the cache as int8; returns its scale."
     largest = np.float32(1e-9)
@@ -261,7 +259,6 @@ def store(vector, values):
     return largest / np.float32(127)
 
 # %% ../nbs/19_cpu_7b.ipynb #4ed7d03e
-@numba.njit(fastmath=True)
 def exponential(x):
     """e to the power x, for x <= 0 in float32, without a call: a short series for x / 256,
     squared eight times."""
@@ -273,7 +270,6 @@ def exponential(x):
     return power
 
 # %% ../nbs/19_cpu_7b.ipynb #28c900a4
-@numba.njit(fastmath=True)
 def mix(weights, rows, result):
     "Adds rows (count, width), each by its weight, to `result` (width,)."
     count, width = rows.shape
@@ -290,7 +286,6 @@ def mix(weights, rows, result):
         for column in range(width): result[column] += weights[row] * np.float32(rows[row, column])
 
 # %% ../nbs/19_cpu_7b.ipynb #bedce984
-@numba.njit(fastmath=True)
 def attend(query, keys, key_scales, values, value_scales, weights, mixed):
     """One query against all places: keys and values (places, head_dim); the mixture goes to
     `mixed` (head_dim,)."""
@@ -309,23 +304,7 @@ def attend(query, keys, key_scales, values, value_scales, weights, mixed):
     mix(weights[:places], values, mixed)
     for feature in range(width): mixed[feature] /= total
 
-# %% ../nbs/19_cpu_7b.ipynb #60db8600
-class Cache:
-    "Keys and values of several texts in all blocks, int8 with a scale for each head and place."
-
-    def __init__(self, config: LlamaConfig, slots: int):
-        shape = slots, config.n_kv_heads, config.context_length
-        self.blocks = [(np.zeros((*shape, config.head_dim), np.int8), np.zeros(shape, np.float32),
-                        np.zeros((*shape, config.head_dim), np.int8), np.zeros(shape, np.float32))
-                       for _ in range(config.n_layers)]
-
-def cache_bytes(config: LlamaConfig, slots: int = 1) -> int:
-    "The memory of a `Cache`, in bytes."
-    return (slots * config.n_layers * config.n_kv_heads * config.context_length * 2
-            * (config.head_dim + 4))
-
 # %% ../nbs/19_cpu_7b.ipynb #f250e2ff
-@numba.njit(fastmath=True, nogil=True)
 def store_rows(qkv, slots, places, cos, sin, keys, key_scales, values, value_scales):
     "Turns the new keys of a pass, and puts them and the new values into the cache."
     rows, (_, kv_heads, _, width) = len(places), keys.shape
@@ -340,13 +319,11 @@ def store_rows(qkv, slots, places, cos, sin, keys, key_scales, values, value_sca
             key_scales[slot, head, place] = store(key, keys[slot, head, place])
             value_scales[slot, head, place] = store(value, values[slot, head, place])
 
-@numba.njit(fastmath=True, nogil=True)
 def attend_heads(qkv, slots, places, cos, sin, keys, key_scales, values, value_scales, mixed,
-                 window, begin, stop):
+                 weights, window, begin, stop):
     "The queries `begin` to `stop`, counted head by head, against what is in the cache."
-    rows, (_, kv_heads, context, width) = len(places), keys.shape
+    rows, (_, kv_heads, _, width) = len(places), keys.shape
     group = (qkv.shape[1] // width - 2 * kv_heads) // kv_heads
-    weights = np.empty(context, np.float32)
     for job in range(begin, stop):
         head, row = job // rows, job % rows
         slot, place, kv_head = slots[row], places[row], head // group
@@ -357,50 +334,161 @@ def attend_heads(qkv, slots, places, cos, sin, keys, key_scales, values, value_s
                values[slot, kv_head, first:end], value_scales[slot, kv_head, first:end],
                weights, mixed[row, head * width:(head + 1) * width])
 
+# %% ../nbs/19_cpu_7b.ipynb #4442f731
+def machine_code(cpu: str, features: str) -> bytes:
+    "`store_rows` and `attend_heads` for a processor, as an object file."
+    import llvmlite.binding as llvm
+    from numba import carray, njit, types as kinds
+    options = dict(fastmath=True, error_model="numpy", no_cpython_wrapper=True,
+                   no_cfunc_wrapper=True)
+    scope = dict(np=np)
+    for loop in (turn, store, exponential, mix, attend, store_rows, attend_heads):
+        scope[loop.__name__] = njit(**options)(types.FunctionType(loop.__code__, scope))
+    store_all, attend_some = scope["store_rows"], scope["attend_heads"]
+
+    @njit(**options)
+    def arrays_at(addresses, sizes):
+        qkv, slots, places, cos, sin, keys, key_scales, values, value_scales = addresses
+        texts, rows, heads, kv_heads, context, width = sizes
+        joined, angles = (heads + 2 * kv_heads) * width, (context, width // 2)
+        vectors, scales = (texts, kv_heads, context, width), (texts, kv_heads, context)
+        return (carray(qkv, (rows, joined)), carray(slots, (rows,)), carray(places, (rows,)),
+                carray(cos, angles), carray(sin, angles), carray(keys, vectors),
+                carray(key_scales, scales), carray(values, vectors), carray(value_scales, scales))
+
+    def store_at(addresses, sizes): store_all(*arrays_at(addresses, sizes))
+
+    def attend_at(addresses, sizes, mixed, weights, window, begin, stop):
+        _, rows, heads, _, context, width = sizes
+        attend_some(*arrays_at(addresses, sizes), carray(mixed, (rows, heads * width)),
+                    carray(weights, (context,)), window, begin, stop)
+
+    floats, ints, int8s = map(kinds.CPointer, (kinds.float32, kinds.int32, kinds.int8))
+    block = (kinds.Tuple((floats, ints, ints, floats, floats, int8s, floats, int8s, floats)),
+             kinds.UniTuple(kinds.int64, 6))
+    modules = []
+    for loop, taken in ((store_at, block), (attend_at, (*block, floats, floats,
+                                                        *[kinds.int64] * 3))):
+        native = njit(kinds.void(*taken), **options)(loop)
+        module = llvm.parse_assembly(native.inspect_llvm(taken))
+        module.get_function(native.overloads[taken].fndesc.llvm_func_name).name = loop.__name__
+        modules.append(module)
+    modules.append(llvm.parse_assembly("define void @NRT_MemInfo_call_dtor(ptr) { ret void }"))
+    for module in modules[1:]: modules[0].link_in(module)
+    machine = llvm.Target.from_default_triple().create_target_machine(cpu, features, 3, jit=True)
+    return machine.emit_object(modules[0])
+
+# %% ../nbs/19_cpu_7b.ipynb #92d2a800
+def processor() -> tuple[str, str]:
+    "The processor's name and what it can do, as LLVM finds them or Numba's settings have them."
+    import llvmlite.binding as llvm
+    return (os.environ.get("NUMBA_CPU_NAME") or llvm.get_host_cpu_name(),
+            os.environ.get("NUMBA_CPU_FEATURES") or llvm.get_host_cpu_features().flatten())
+
+def opened_loops(code: bytes):
+    "The addresses of the loops in an object file, by name. RuntimeError if it is damaged."
+    import llvmlite.binding as llvm
+    llvm.initialize_native_target()
+    llvm.initialize_native_asmprinter()
+    library = llvm.JITLibraryBuilder().add_current_process().add_object_img(code)
+    for name in ("store_at", "attend_at"): library.export_symbol(name)
+    return library.link(llvm.create_lljit_compiler(suppress_errors=True), "loops")
+
+@functools.cache
+def loops_library():
+    """The addresses of the loops, by name: from the user's cache, where they are kept for this
+    processor, Numba and source."""
+    source = importlib.resources.files("llama_nb").joinpath("engine.py").read_bytes()
+    versions = [importlib.metadata.version(name) for name in ("numba", "llvmlite")]
+    made_for = hashlib.sha256(repr((source, versions, processor())).encode()).hexdigest()[:16]
+    path = cache_folder() / "compiled" / f"loops-{made_for}.o"
+    with contextlib.suppress(OSError, RuntimeError): return opened_loops(path.read_bytes())
+    code = machine_code(*processor())
+    try:
+        with written_whole(path) as part: part.write_bytes(code)
+    except CheckpointError as error:
+        print(f"{error}, so loops are compiled at each start (some seconds);"
+              " LLAMA_NB_CACHE may name a folder", file=sys.stderr)
+    return opened_loops(code)
+
+@functools.cache
+def compiled_loop(name: str, arguments: int) -> Callable:
+    "A loop as a function of so many whole numbers, addresses among them."
+    places = [ctypes.c_void_p] * 2 + [ctypes.c_int64] * arguments
+    function = ctypes.CFUNCTYPE(ctypes.c_int32, *places)(loops_library()[name])
+    nothing, no_error = ctypes.c_void_p(), ctypes.c_void_p()
+    return functools.partial(function, ctypes.byref(nothing), ctypes.byref(no_error))
+
 # %% ../nbs/19_cpu_7b.ipynb #1d36cf8f
 WORTH_DIVIDING = 2**20
 
 @functools.cache
 def workers(count: int) -> ThreadPoolExecutor: return ThreadPoolExecutor(count)
 
+def addresses(**arrays) -> list[int]:
+    """Where arrays lie in memory, for compiled loops: scales, vectors and angles are float32,
+    `slots` and `places` int32, `keys` and `values` int8."""
+    for name, array in arrays.items():
+        expected = dict(slots=np.int32, places=np.int32, keys=np.int8, values=np.int8).get(
+            name, np.float32)
+        if array.dtype != expected or not array.flags.c_contiguous:
+            raise ValueError(f"{name} should be a contiguous array of {np.dtype(expected)}, "
+                             f"found {array.dtype}, strides {array.strides}")
+    return [array.ctypes.data for array in arrays.values()]
+
+# %% ../nbs/19_cpu_7b.ipynb #60db8600
+class Cache:
+    """Keys and values of several texts in all blocks, int8 with a scale for each head and place.
+    `blocks`: keys, their scales, values, their scales; `shape`: (slots, kv_heads, context,
+    head_dim)."""
+
+    def __init__(self, config: LlamaConfig, slots: int):
+        self.shape = slots, config.n_kv_heads, config.context_length, config.head_dim
+        self.blocks = [(np.zeros(self.shape, np.int8), np.zeros(self.shape[:-1], np.float32),
+                        np.zeros(self.shape, np.int8), np.zeros(self.shape[:-1], np.float32))
+                       for _ in range(config.n_layers)]
+        self.addresses = [addresses(keys=keys, key_scales=key_scales, values=values,
+                                    value_scales=value_scales)
+                          for keys, key_scales, values, value_scales in self.blocks]
+
+def cache_bytes(config: LlamaConfig, slots: int = 1) -> int:
+    "The memory of a `Cache`, in bytes."
+    return (slots * config.n_layers * config.n_kv_heads * config.context_length * 2
+            * (config.head_dim + 4))
+
 # %% ../nbs/19_cpu_7b.ipynb #9ea0ffba
-def attend_rows(qkv, slots, places, cos, sin, keys, key_scales, values, value_scales, mixed,
-                window: int = 2**31 - 1, threads: int = 1) -> None:
-    """Attention for one block. Each row of `qkv`, (rows, (heads + 2 kv_heads) * head_dim), is a
-    token at its place of the text in its slot.
+class CachedAttention:
+    """Attention of one pass, in any block. Each row of `qkv`, (rows, (heads + 2 kv_heads) *
+    head_dim), is a token at its place of the text in its slot; `mixed`, (rows, heads *
+    head_dim), takes the result. A token sees the last `window` places, its own included. `shape`:
+    the cache's, (slots, kv_heads, context, head_dim). `threads`: how many share the work where
+    there is enough of it."""
 
-    keys, values: int8 (slots, kv_heads, context, head_dim) with scales (slots, kv_heads,
-    context); `mixed` (rows, heads * head_dim) is the result. A token sees the last `window`
-    places, its own included. `threads`: how many share the work where there is enough of it."""
-    cached = keys, key_scales, values, value_scales
-    store_rows(qkv, slots, places, cos, sin, *cached)
+    def __init__(self, qkv, slots, places, cos, sin, mixed, shape, window: int = 2**31 - 1,
+                 threads: int = 1):
+        texts, kv_heads, context, width = shape
+        rows, heads = len(places), mixed.shape[1] // width
+        self.sizes = texts, rows, heads, kv_heads, context, width
+        self.arrays = dict(qkv=qkv, slots=slots, places=places, cos=cos, sin=sin)
+        self.given, self.mixed = addresses(**self.arrays), mixed
+        seen = int(np.minimum(places + 1, window).sum())
+        count = threads if mixed.shape[1] * seen >= WORTH_DIVIDING else 1
+        self.weights = np.empty((count, context), np.float32)
+        cuts = [rows * heads * thread // count for thread in range(count + 1)]
+        self.first, *self.others = [
+            (*addresses(mixed=mixed, weights=weights), window, begin, stop)
+            for weights, begin, stop in zip(self.weights, cuts, cuts[1:])]
+        self.store, self.attend = compiled_loop("store_at", 15), compiled_loop("attend_at", 20)
 
-    def part(begin, stop):
-        attend_heads(qkv, slots, places, cos, sin, *cached, mixed, window, begin, stop)
-    width, seen = keys.shape[-1], int(np.minimum(places + 1, window).sum())
-    queries = mixed.shape[1] // width * len(places)
-    if threads == 1 or mixed.shape[1] * seen < WORTH_DIVIDING: return part(0, queries)
-    cuts = [queries * number // threads for number in range(threads + 1)]
-    others = [workers(threads - 1).submit(part, *pair) for pair in zip(cuts[1:], cuts[2:])]
-    part(*cuts[:2])
-    for other in others: other.result()
-
-# %% ../nbs/19_cpu_7b.ipynb #33b15081
-def keep_compiled(loops) -> None:
-    "Keeps compiled loops on disk, where this process may write."
-    before = numba.config.CACHE_DIR
-    try:
-        return loops.enable_caching()
-    except RuntimeError: pass
-    try:
-        numba.config.CACHE_DIR = str(own_temporary_folder())
-        loops.enable_caching()
-    except (CheckpointError, RuntimeError):
-        print("no folder can be written to, so loops are compiled at each start (some seconds);"
-              " NUMBA_CACHE_DIR may name one", file=sys.stderr)
-    finally: numba.config.CACHE_DIR = before
-
-for loops in (store_rows, attend_heads): keep_compiled(loops)
+    def run(self, cached: Sequence[int]) -> None:
+        """`cached`: the addresses of a block's keys and values, int8 (slots, kv_heads, context,
+        head_dim), each with its scales (slots, kv_heads, context)."""
+        block = *self.given, *cached, *self.sizes
+        self.store(*block)
+        others = [workers(len(self.others)).submit(self.attend, *block, *part)
+                  for part in self.others]
+        self.attend(*block, *self.first)
+        for other in others: other.result()
 
 # %% ../nbs/19_cpu_7b.ipynb #a29023c3
 class Blocks:
@@ -416,10 +504,11 @@ class Blocks:
         place."""
         arrays, slots, places = (rows.arrays, np.asarray(slots, np.int32),
                                  np.asarray(places, np.int32))
-        for program, kept in zip(self.programs, cache.blocks):
+        attention = CachedAttention(arrays["qkv"], slots, places, *self.angles, arrays["mixed"],
+                                    cache.shape, self.window, self.threads)
+        for program, cached in zip(self.programs, cache.addresses):
             program.run("before", rows)
-            attend_rows(arrays["qkv"], slots, places, *self.angles, *kept, arrays["mixed"],
-                        self.window, self.threads)
+            attention.run(cached)
             program.run("after", rows)
 
 class Engine:

@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 
 os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
-os.environ["LLAMA_NB_CACHE"] = os.environ["NUMBA_CACHE_DIR"] = tempfile.mkdtemp()
+os.environ["LLAMA_NB_CACHE"] = tempfile.mkdtemp()
 
 from llama_nb.checkpoint import bard_folder
 from llama_nb.conversion import convert

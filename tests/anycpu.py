@@ -34,7 +34,7 @@ def run(name):
             (copy / file).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / file, copy / file)
         paths = [str(copy / "tests/noise"), str(copy)]
-        environment = os.environ | VARIANTS[name] | dict(PYTHONPATH=os.pathsep.join(paths), PATH=f"{Path(sys.executable).parent}:{os.environ['PATH']}", NUMBA_CACHE_DIR=f"{folder}/numba", TF_CPP_MIN_LOG_LEVEL="3")
+        environment = os.environ | VARIANTS[name] | dict(PYTHONPATH=os.pathsep.join(paths), PATH=f"{Path(sys.executable).parent}:{os.environ['PATH']}", TF_CPP_MIN_LOG_LEVEL="3")
         affinity = os.sched_getaffinity(0)
         threads = [min(affinity)] if "OMP_NUM_THREADS" in VARIANTS[name] else affinity
         book = [str(Path(sys.executable).with_name("jupyter-book")), "build", ".", "-n", "-W", "--keep-going", "--config", "book/_config.yml", "--path-output", "book"]

@@ -60,11 +60,13 @@ def written_as_alone(llm, stream, **sampling):
 
 @pytest.fixture(scope="session", autouse=True)
 def own_cache(tmp_path_factory):
-    "What tests convert and pack goes to a folder of their own; fetched files are found where they are."
+    "What tests convert and pack goes to a folder of their own; fetched files and compiled loops are found where they are."
     folder = tmp_path_factory.mktemp("cache")
     with contextlib.suppress(CheckpointError): find_model("smollm2-135m-instruct")
     for file in cache_folder().glob("[!.]*.*"):
         if file.is_file(): (folder / file.name).symlink_to(file)
+    (cache_folder() / "compiled").mkdir(parents=True, exist_ok=True)
+    (folder / "compiled").symlink_to(cache_folder() / "compiled")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LLAMA_NB_CACHE", str(folder))
         yield folder

@@ -253,20 +253,51 @@ def test_cores(tmp_path, monkeypatch):
     with pytest.raises(GenerationError, match="from 1 to 1"): load("bard", threads=2)
 
 
-def test_many_threads_give_what_one_gives(monkeypatch):
-    rng, (rows, heads, kv_heads, width, context) = np.random.default_rng(0), (5, 8, 2, 16, 40)
-    qkv, places = rng.standard_normal((rows, (heads + 2 * kv_heads) * width)).astype("float32"), np.arange(30, 35, dtype="int32")
-    angles = np.stack([np.cos(grid := np.outer(np.arange(context), 0.3 ** np.arange(width // 2))), np.sin(grid)]).astype("float32")
+def pass_of_attention(context, rows=5, heads=8, kv_heads=2, width=16):
+    "A pass over the last places of a context, and an empty cache: the arguments of `CachedAttention` up to the result, and the cache."
+    rng, angles = np.random.default_rng(0), np.outer(np.arange(context), 0.3 ** np.arange(width // 2))
+    config = dataclasses.replace(TINY, n_layers=1, dim=heads * width, n_heads=heads, n_kv_heads=kv_heads, context_length=context)
+    qkv = rng.standard_normal((rows, (heads + 2 * kv_heads) * width)).astype("float32")
+    places = np.arange(context - rows, context, dtype="int32")
+    return (qkv, np.zeros(rows, "int32"), places, *np.stack([np.cos(angles), np.sin(angles)]).astype("float32"), np.empty((rows, heads * width), "float32")), engine.Cache(config, 1)
 
+
+def test_many_threads_give_what_one_gives(monkeypatch):
     def attend(threads, window):
-        keys = [array for _ in range(2) for array in (np.zeros((1, kv_heads, context, width), "int8"), np.zeros((1, kv_heads, context), "float32"))]
-        mixed = np.empty((rows, heads * width), "float32")
-        engine.attend_rows(qkv.copy(), np.zeros(rows, "int32"), places, *angles, *keys, mixed, window, threads)
-        return mixed
+        given, cache = pass_of_attention(40)
+        engine.CachedAttention(*given, cache.shape, window, threads).run(cache.addresses[0])
+        return given[-1]
     expected = {window: attend(1, window) for window in (2**31 - 1, 7)}
     monkeypatch.setattr(engine, "WORTH_DIVIDING", 0)
     for window in expected:
         for threads in (2, 3, 7): assert np.array_equal(attend(threads, window), expected[window])
+
+
+def test_compiled_loops_are_the_plain_ones():
+    (*given, mixed), cache = pass_of_attention(12)
+    plain = [array.copy() for array in given], [array.copy() for array in cache.blocks[0]], np.empty_like(mixed)
+    engine.CachedAttention(*given, mixed, cache.shape, window=6).run(cache.addresses[0])
+    engine.store_rows(*plain[0], *plain[1])
+    engine.attend_heads(*plain[0], *plain[1], plain[2], np.empty(12, "float32"), 6, 0, plain[2].size // 16)
+    for found, expected in zip(cache.blocks[0], plain[1]): np.testing.assert_allclose(found, expected, atol=1 if found.dtype == np.int8 else 1e-6)
+    np.testing.assert_allclose(mixed, plain[2], atol=0.01)
+
+
+def test_loops_refuse_other_arrays():
+    (qkv, *given), cache = pass_of_attention(12)
+    for wrong in (qkv.astype("float64"), np.asfortranarray(qkv)):
+        with pytest.raises(ValueError, match="qkv should be a contiguous array of float32"): engine.CachedAttention(wrong, *given, cache.shape)
+
+
+def test_loops_are_compiled_once(tmp_path):
+    def numba_was_needed():
+        done = run("import sys; from llama_nb import engine; engine.loops_library(); print('numba' in sys.modules)", LLAMA_NB_CACHE=str(tmp_path))
+        assert done.returncode == 0 and done.stderr == "", done.stderr
+        return done.stdout == "True\n"
+    assert [numba_was_needed(), numba_was_needed()] == [True, False]
+    [file] = (tmp_path / "compiled").iterdir()
+    file.write_bytes(file.read_bytes()[:100])
+    assert [numba_was_needed(), numba_was_needed()] == [True, False]
 
 
 @pytest.mark.skipif(os.name == "nt", reason="POSIX permissions")
@@ -287,7 +318,7 @@ def test_no_home_and_a_read_only_installation(tmp_path):
     for each in tmp_path.parents:
         if each != Path("/tmp") and str(each).startswith("/tmp/"): each.chmod(0o755)
     command = ["setpriv", "--reuid=12345", "--regid=12345", "--clear-groups", sys.executable]
-    environment = {name: value for name, value in os.environ.items() if name not in ("LLAMA_NB_CACHE", "NUMBA_CACHE_DIR")} | dict(HOME="/nonexistent", TMPDIR=str(tmp_path), PYTHONDONTWRITEBYTECODE="1")
+    environment = {name: value for name, value in os.environ.items() if name != "LLAMA_NB_CACHE"} | dict(HOME="/nonexistent", TMPDIR=str(tmp_path), PYTHONDONTWRITEBYTECODE="1")
     done = subprocess.run([*command, "-c", "from llama_nb.cli import main; import sys; sys.exit(main())", "generate", "-m", "bard", "-p", "To be", "-n", "2"], env=environment, capture_output=True, text=True, cwd=tmp_path)
     if done.returncode and "Permission denied" in done.stderr: pytest.skip("this interpreter can't be run by another user")
     assert done.returncode == 0 and len(done.stderr.splitlines()) == 1, done.stderr
