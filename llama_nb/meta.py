@@ -96,7 +96,10 @@ def read_pickle(data: bytes):
 
 # %% ../nbs/12_meta.ipynb #mv5e941b
 STORAGES = {"torch.FloatStorage": "float32", "torch.HalfStorage": "float16",
-            "torch.BFloat16Storage": "bfloat16"}
+            "torch.BFloat16Storage": "bfloat16", "torch.DoubleStorage": "float64",
+            "torch.LongStorage": "int64", "torch.IntStorage": "int32",
+            "torch.ShortStorage": "int16", "torch.CharStorage": "int8",
+            "torch.ByteStorage": "uint8", "torch.BoolStorage": "bool"}
 
 # %% ../nbs/12_meta.ipynb #cac19857
 def content_offset(file, member: zipfile.ZipInfo) -> int:
@@ -130,7 +133,7 @@ def map_tensor(file, name: str, stored, member: zipfile.ZipInfo | None) -> LazyT
         raise CheckpointError(f"tensor {name} should be one of {TYPES}, found {stored.kind}")
     if member is None:
         raise CheckpointError(f"tensor {name} should have a storage {stored.storage!r}, found none")
-    dtype, begin = FLOATS[STORAGES[stored.kind]], content_offset(file, member)
+    dtype, begin = np.dtype(STORAGES[stored.kind]), content_offset(file, member)
     available = os.fstat(file.fileno()).st_size - begin
     count = min(member.file_size, available) // dtype.itemsize
     if stored.size != count or not 0 < window_end(stored) <= count:
@@ -151,12 +154,19 @@ def read_member(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> bytes:
                               f"found {member.file_size}")
     return archive.read(member)
 
+# %% ../nbs/12_meta.ipynb #1bb95637
+LEGACY = b"\x80\x02\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19"
+
 # %% ../nbs/12_meta.ipynb #2f9ea1f7
 def read_pth(path) -> dict[str, LazyTensor]:
     """The tensors of a `torch.save` file: its list is read now, the numbers are
     mapped later. Raises CheckpointError."""
     with (reading(path, "not a file that torch.save wrote, or cut short"),
-          open(check_file(path), "rb") as file, zipfile.ZipFile(file) as archive):
+          open(check_file(path), "rb") as file):
+        if file.read(len(LEGACY)) == LEGACY:
+            raise CheckpointError("written by torch.save before version 1.6; PyTorch turns it into"
+                                  " the newer form: torch.save(torch.load(path), path)")
+        archive = zipfile.ZipFile(file)
         members = {member.filename: member for member in archive.infolist()}
         if len(members) < len(archive.infolist()):
             raise CheckpointError("a member of the archive is in it twice")
@@ -282,7 +292,7 @@ def pickle_tensors(entries: Iterable[tuple[str, str, np.dtype, tuple[int, ...]]]
     def text(value): return b"X" + struct.pack("<I", len(value.encode())) + value.encode()
     def integer(value): return b"\x8a\x08" + struct.pack("<q", value)
     def group(*parts): return b"(" + b"".join(parts) + b"t"
-    kinds = {FLOATS[dtype]: kind.replace(".", "\n") for kind, dtype in STORAGES.items()}
+    kinds = {np.dtype(dtype): kind.replace(".", "\n") for kind, dtype in STORAGES.items()}
     program = b"\x80\x02}("
     for name, key, dtype, shape in entries:
         strides = [math.prod(shape[axis + 1:]) for axis in range(len(shape))]

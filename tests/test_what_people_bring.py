@@ -1,0 +1,198 @@
+"What people bring, as it lies on their disks: it opens as transformers opens it, or one line says what it is. Each right value is the home implementation's."
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from conftest import complaint
+from llama_nb.checkpoint import LlamaConfig, bard_folder
+from llama_nb.cli import write_form
+from llama_nb.hub import open_checkpoint
+from llama_nb.huggingface import read_safetensors
+from llama_nb.meta import read_pth
+from llama_nb.vocabularies import load_tokenizer, open_with_tokenizer
+
+torch = pytest.importorskip("torch", reason="what transformers makes of a file needs the extra [parity]")
+transformers = pytest.importorskip("transformers", reason="what transformers makes of a file needs the extra [parity]")
+from safetensors.torch import load_file, save_file, save_model
+
+ONE, TWO = (f"model-0000{number}-of-00002.safetensors" for number in (1, 2))
+TABLE, HEAD, Q = "model.embed_tokens.weight", "lm_head.weight", "model.layers.0.self_attn.q_proj.weight"
+BUFFER = "model.layers.0.self_attn.rotary_emb.inv_freq"
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    "A small random model as transformers saves it."
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=97, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=False))
+    model.save_pretrained(folder := tmp_path_factory.mktemp("saved"))
+    return folder
+
+
+def sharded(saved, folder, in_index={}, in_shard={}, index=True, ending="safetensors"):
+    "The same in two shards, the second with more tensors than the index says, or fewer."
+    shutil.copytree(saved, folder)
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    stem = {"safetensors": "model", "bin": "pytorch_model"}[ending]
+    one, two = (f"{stem}-0000{number}-of-00002.{ending}" for number in (1, 2))
+    half = list(tensors)[:10]
+    for name, part in ((one, {name: tensors[name] for name in half}), (two, {name: values for name, values in tensors.items() if name not in half} | in_shard)):
+        save_file(part, folder / name, metadata={"format": "pt"}) if ending == "safetensors" else torch.save(part, folder / name)
+    places = {name: one if name in half else two for name in tensors} | {name: {ONE: one, TWO: two}[file] for name, file in in_index.items()}
+    if index: (folder / f"{stem}.{ending}.index.json").write_text(json.dumps(dict(metadata={}, weight_map=places)))
+    return folder
+
+
+def changed(folder, **fields):
+    "Its config.json with other fields."
+    path = folder / "config.json"
+    path.write_text(json.dumps({name: value for name, value in (json.loads(path.read_text()) | fields).items() if value is not ...}))
+    return folder
+
+
+def same_as_theirs(folder):
+    "Every weight of the folder is what transformers makes of it."
+    theirs, ours = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).state_dict(), open_checkpoint(folder)
+    for name, other in (("tok_embeddings", TABLE), ("layers.1.attention.wv", "model.layers.1.self_attn.v_proj.weight"), ("norm", "model.norm.weight"), ("layers.0.feed_forward.w2", "model.layers.0.mlp.down_proj.weight")):
+        np.testing.assert_array_equal(ours.read(f"{name}.weight").astype(np.float32), theirs[other].numpy(), name)
+    output = "tok_embeddings.weight" if ours.config.tied else "output.weight"
+    np.testing.assert_array_equal(ours.read(output).astype(np.float32), theirs[HEAD].numpy())
+    return ours
+
+
+# Shards ------------------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("ending", ["safetensors", "bin"])
+@pytest.mark.parametrize("in_index, in_shard", [
+    ({}, {}), ({BUFFER: ONE}, {}), ({}, {BUFFER: torch.ones(4)}), ({BUFFER: TWO}, {BUFFER: torch.ones(4, dtype=torch.float64)}), ({BUFFER: ONE}, {BUFFER: torch.ones(4, dtype=torch.bfloat16)}),
+    ({BUFFER.replace("inv_freq", "cos_cached"): TWO}, {BUFFER.replace("inv_freq", "cos_cached"): torch.ones(1, 1, 4, 4), "model.rotary_emb.inv_freq": torch.ones(4)}),
+    ({"model.position_ids": TWO}, {"model.position_ids": torch.arange(4)[None]}), ({}, {"model.embeddings.position_ids": torch.arange(4, dtype=torch.uint8)}), ({}, {Q: torch.full((32, 32), 2.0)}), ({Q: TWO}, {}), ({Q: ...}, {})], ids=str)
+def test_shards_and_an_index_that_disagree(in_index, in_shard, ending, saved, tmp_path):
+    folder = sharded(saved, tmp_path / "model", {name: file for name, file in in_index.items() if file is not ...}, in_shard, ending=ending)
+    index, = folder.glob("*.index.json")
+    content = json.loads(index.read_text())
+    for name, file in in_index.items():
+        if file is ...: del content["weight_map"][name]
+    index.write_text(json.dumps(content))
+    ours = same_as_theirs(folder)
+    if Q in in_shard: assert (ours.read("layers.0.attention.wq.weight") == 2).all()
+
+
+@pytest.mark.parametrize("ending", ["safetensors", "bin"])
+def test_shards_without_an_index(ending, saved, tmp_path):
+    folder = sharded(saved, tmp_path / "model", index=False, ending=ending)
+    shutil.copytree(saved, tmp_path / "whole")
+    expected, found = same_as_theirs(tmp_path / "whole"), open_checkpoint(folder)
+    assert all((found.read(name) == expected.read(name)).all() for name in expected)
+    one, two = sorted(folder.glob(f"*.{ending}"))
+    two.unlink()
+    assert complaint(open_checkpoint, folder) == f"{two}: no such file"
+
+
+def test_one_file_counts_before_an_index(saved, tmp_path):
+    folder = sharded(saved, tmp_path / "model", in_shard={Q: torch.zeros(32, 32)})
+    shutil.copy(saved / "model.safetensors", folder)
+    assert same_as_theirs(folder).read("layers.0.attention.wq.weight").any()
+
+
+def test_shards_that_are_links(saved, tmp_path):
+    folder = sharded(saved, tmp_path / "model")
+    (tmp_path / "disk").mkdir()
+    for path in list(folder.glob("*")):
+        path.rename(tmp_path / "disk" / path.name)
+        path.symlink_to(tmp_path / "disk" / path.name)
+    same_as_theirs(folder)
+
+
+@pytest.mark.parametrize("heads", ["equal", "other", "head alone", "table alone"])
+def test_tied_models_and_their_heads(heads, saved, tmp_path):
+    folder = changed(Path(shutil.copytree(saved, tmp_path / "model")), tie_word_embeddings=True)
+    tensors = load_file(folder / "model.safetensors")
+    if heads == "equal": tensors[HEAD] = tensors[TABLE].clone()
+    if heads == "head alone": del tensors[TABLE]
+    if heads == "table alone": del tensors[HEAD]
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    assert same_as_theirs(folder).config.tied == ("alone" in heads)
+
+
+def test_a_weight_of_another_type_is_refused(saved, tmp_path):
+    folder = sharded(saved, tmp_path / "model", in_shard={Q: torch.ones(32, 32, dtype=torch.int64)})
+    assert "tensor layers.0.attention.wq.weight should be one of float32, float16, bfloat16, found int64" in complaint(open_checkpoint, folder)
+
+
+# Messages ------------------------------------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def bard_hf(tmp_path_factory):
+    write_form("hf", bard_folder(), folder := tmp_path_factory.mktemp("bard") / "hf")
+    return folder
+
+
+@pytest.mark.parametrize("with_tokenizer", [True, False])
+def test_an_adapters_folder(with_tokenizer, bard_hf, tmp_path):
+    save_file({"base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight": torch.ones(2, 256)}, tmp_path / "adapter_model.safetensors")
+    (tmp_path / "adapter_config.json").write_text(json.dumps(dict(peft_type="LORA", base_model_name_or_path="somebody/base")))
+    if with_tokenizer: shutil.copy(bard_folder() / "tokenizer.model", tmp_path)
+    for opener in (open_with_tokenizer, open_checkpoint):
+        assert complaint(opener, tmp_path) == f"{tmp_path}: an adapter (PEFT), not a whole model; the model that it changes is somebody/base"
+
+
+def test_mistrals_own_form(bard_hf, tmp_path):
+    shutil.copy(bard_hf / "model.safetensors", tmp_path / "consolidated.safetensors"), (tmp_path / "params.json").write_text("{}")
+    for opener in (open_with_tokenizer, open_checkpoint):
+        assert complaint(opener, tmp_path).startswith(f"{tmp_path}: Mistral's own form, consolidated.safetensors; model.safetensors")
+    for path in bard_hf.iterdir(): shutil.copy(path, tmp_path)
+    assert len(open_with_tokenizer(tmp_path)[0]) == len(open_checkpoint(bard_folder()))
+
+
+def test_the_form_of_torch_before_1_6(saved, tmp_path):
+    folder = Path(shutil.copytree(saved, tmp_path / "model"))
+    tensors, path = load_file(folder / "model.safetensors"), folder / "pytorch_model.bin"
+    (folder / "model.safetensors").unlink()
+    torch.save(tensors, path, _use_new_zipfile_serialization=False)
+    assert complaint(open_checkpoint, folder).startswith(f"{path}: written by torch.save before version 1.6; ")
+    torch.save(torch.load(path), path)
+    same_as_theirs(folder)
+
+
+@pytest.mark.parametrize("config, file, method", [
+    (dict(quant_method="awq", bits=4), None, "AWQ"), (dict(quant_method="gptq", bits=4), None, "GPTQ"), (dict(quant_method="bitsandbytes", load_in_4bit=True), None, "bitsandbytes"), (dict(load_in_8bit=True), None, "bitsandbytes"),
+    (dict(quant_method="fp8"), None, "fp8"), (dict(quant_method="compressed-tensors"), None, "compressed-tensors"), (None, "quantize_config.json", "GPTQ"), (None, "quant_config.json", "AWQ")], ids=str)
+def test_weights_that_are_quantized_for_another_program(config, file, method, saved, tmp_path):
+    folder = changed(Path(shutil.copytree(saved, tmp_path / "model")), quantization_config=config)
+    if file: (folder / file).write_text("{}")
+    message = complaint(open_checkpoint, folder)
+    assert message.startswith(f"{folder / 'config.json'}: the weights are quantized with {method}, which is not read here; take ") and "GGUF" in message
+
+
+@pytest.mark.parametrize("names, kind", [(["LLaMAForCausalLM"], "llama"), (..., "llama"), (["LlamaForCausalLM"], ...)], ids=str)
+def test_the_first_name_of_the_architecture(names, kind, saved, tmp_path):
+    folder = changed(Path(shutil.copytree(saved, tmp_path / "model")), architectures=names, model_type=kind)
+    assert open_checkpoint(folder).config == open_checkpoint(saved).config
+
+
+def test_metas_download(tmp_path):
+    "tokenizer.model lies beside the folders of the sizes."
+    (folder := tmp_path / "llama" / "7B").mkdir(parents=True)
+    for file in ("consolidated.00.pth", "params.json"): shutil.copy(bard_folder() / file, folder)
+    assert "tokenizer.model" in complaint_of_tokenizer(folder)
+    shutil.copy(bard_folder() / "tokenizer.model", folder.parent)
+    assert open_with_tokenizer(folder)[1].pieces == load_tokenizer(bard_folder()).pieces
+
+
+def complaint_of_tokenizer(path):
+    with pytest.raises(ValueError) as caught: load_tokenizer(path)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("ends", [2048, [2, -1], [2, "x"], 2**70], ids=str)
+def test_ids_beyond_the_vocabulary(ends, bard_hf, tmp_path):
+    folder = Path(shutil.copytree(bard_hf, tmp_path / "model"))
+    (folder / "generation_config.json").write_text(json.dumps(dict(eos_token_id=ends)))
+    wrong = ends[1] if isinstance(ends, list) else ends
+    assert complaint_of_tokenizer(folder) == f"{folder / 'generation_config.json'}: eos_token_id should be in 0..2047, found {wrong!r}"
