@@ -163,7 +163,7 @@ def first_difference(found: dict) -> str | None:
 # %% ../nbs/13_huggingface.ipynb #51cbd6d7
 def hf_rope_fields(found: dict) -> dict:
     "What a `config.json` says about rotary positions, wherever it says it."
-    fields = found.get("rope_parameters") or found.get("rope_scaling") or {}
+    fields = found.get("rope_scaling") or found.get("rope_parameters") or {}
     if not isinstance(fields, dict) or any(isinstance(part, dict) for part in fields.values()):
         raise CheckpointError("rope_parameters should be one flat object, the same for all "
                               f"layers, found {str(fields)[:60]}")
@@ -173,12 +173,21 @@ def hf_rope_fields(found: dict) -> dict:
 def hf_scaling(found: dict, length: int) -> RopeScaling | None:
     "The scaling of positions in a `config.json`; `length` is its max_position_embeddings."
     fields = hf_rope_fields(found)
-    kind = fields.get("rope_type", fields.get("type", "default"))
+    kind, factor = fields.get("rope_type", fields.get("type", "default")), fields.get("factor")
     if kind == "default":
         return None
-    trained = fields.get("original_max_position_embeddings", None if kind == "linear" else length)
-    return RopeScaling(kind, fields.get("factor"), length if kind == "dynamic" else trained,
-                       fields.get("low_freq_factor", 1.0), fields.get("high_freq_factor", 4.0))
+    key = "original_max_position_embeddings"
+    trained = dict(linear=None, dynamic=length).get(kind, found.get(key) or fields.get(key, length))
+    options = {name: fields[name] for name in (
+        "low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow", "attention_factor",
+        "truncate") if fields.get(name) is not None}
+    if kind == "yarn":
+        if factor is None: factor = length / trained
+        ours, all_dim = fields.get("mscale"), fields.get("mscale_all_dim")
+        if "attention_factor" not in options and ours and all_dim:
+            growth = 0.1 * math.log(factor)
+            options["attention_factor"] = (growth * ours + 1) / (growth * all_dim + 1)
+    return RopeScaling(kind, factor, trained, **options)
 
 # %% ../nbs/13_huggingface.ipynb #5c369040
 def hf_config(found: dict, tied: bool, architecture: str) -> LlamaConfig:
@@ -309,6 +318,10 @@ def hf_fields(config: LlamaConfig, dtype: str) -> dict:
         if scaling.kind == "dynamic": length = scaling.original_context_length
         if scaling.kind == "llama3": fields["rope_scaling"] |= dict(
             low_freq_factor=scaling.low_freq_factor, high_freq_factor=scaling.high_freq_factor,
+            original_max_position_embeddings=scaling.original_context_length)
+        if scaling.kind == "yarn": fields["rope_scaling"] |= dict(
+            beta_fast=scaling.beta_fast, beta_slow=scaling.beta_slow, truncate=scaling.truncate,
+            attention_factor=scaling.attention_factor,
             original_max_position_embeddings=scaling.original_context_length)
     if config.sliding_window is not None:
         kind, fields["sliding_window"] = "Mistral", config.sliding_window

@@ -164,7 +164,7 @@ def test_what_is_not_a_llama(architecture, fields, extra, words, arrays, tmp_pat
 
 
 @pytest.mark.parametrize("fields, words", [
-    (dict(head_dim=32), "head_dim should be 16, found 32"), (dict(rope_scaling=dict(rope_type="yarn", factor=4.0)), "linear, dynamic or llama3, found 'yarn'"),
+    (dict(head_dim=32), "head_dim should be 16, found 32"), (dict(rope_scaling=dict(rope_type="longrope", factor=4.0)), "linear, dynamic, llama3 or yarn, found 'longrope'"), (dict(rope_theta=1.0, rope_scaling=dict(rope_type="yarn", factor=4.0)), "rope_theta should be above 1"),
     (dict(rope_scaling=dict(type="linear")), "factor"), (dict(rope_scaling="linear"), "flat object"), (dict(rope_parameters=dict(full_attention=dict(rope_theta=1.0))), "flat object"),
     (dict(max_position_embeddings=0), "max_position_embeddings"), (dict(hidden_size="64"), "dim"), (dict(num_key_value_heads=0), "n_kv_heads"), (dict(num_hidden_layers=10**12), "n_layers"),
     (dict(vocab_size=None), "vocab_size"), (dict(rms_norm_eps=float("nan")), "norm_eps"), (dict(rope_theta=None), "rope_theta"), (dict(architectures=["MistralForCausalLM"], sliding_window=0), "sliding_window")], ids=str)
@@ -225,7 +225,7 @@ def test_eight_shards_are_never_twice_in_memory(tmp_path):
 
 LLAMA_3 = RopeScaling("llama3", 8.0, 64, 1.0, 4.0)
 VARIANTS = {"plain": {}, "tied": dict(tied=True), "window": dict(sliding_window=8), "linear": dict(rope_scaling=RopeScaling("linear", 4.0)),
-            "dynamic": dict(rope_scaling=RopeScaling("dynamic", 2.0, 64), context_length=128), "llama3": dict(rope_scaling=LLAMA_3, rope_theta=500000.0, context_length=512)}
+            "dynamic": dict(rope_scaling=RopeScaling("dynamic", 2.0, 64), context_length=128), "llama3": dict(rope_scaling=LLAMA_3, rope_theta=500000.0, context_length=512), "yarn": dict(rope_scaling=RopeScaling("yarn", 8.0, 256), context_length=2048)}
 
 
 def written(form, path, checkpoint):
@@ -243,6 +243,9 @@ def written(form, path, checkpoint):
 def test_round_trips_are_exact(form, variant, dtype, tmp_path):
     config = dataclasses.replace(CONFIG, **VARIANTS[variant])
     source = Checkpoint("source", config, {name: LazyTensor(values.shape, values.dtype, dtype, lambda values=values: values) for name, values in weights(config, dtype).items()})
+    if form == "gguf":
+        other = Checkpoint("source", dataclasses.replace(config, rope_scaling=RopeScaling("yarn", 8.0, 64, beta_fast=8.0)), dict(source))
+        assert "yarn has no place in a GGUF file unless beta_fast is 32" in complaint(written, form, tmp_path / "new", other)
     if (form, variant) == ("gguf", "dynamic"):
         assert "dynamic rope_scaling has no place in a GGUF file" in complaint(written, form, tmp_path / "new", source)
         return
@@ -332,7 +335,8 @@ print(json.dumps([(token["id"], [(top["id"], top["logprob"]) for top in token["t
 """
 
 
-@pytest.mark.parametrize("scaling", [None, RopeScaling("linear", 4.0), LLAMA_3], ids=["plain", "linear", "llama3"])
+@pytest.mark.parametrize("scaling", [None, RopeScaling("linear", 4.0), LLAMA_3, RopeScaling("yarn", 4.0, 64), RopeScaling("yarn", 8.0, 32, attention_factor=1.1)],
+                         ids=["plain", "linear", "llama3", "yarn", "yarn of its own magnitude"])
 def test_llama_cpp_reads_what_we_write(scaling, tmp_path):
     "Bard, its vocabulary and a pretended scaling: llama.cpp, which rounds more on its way, goes on with the same tokens, as far as these are clear."
     if not importlib.util.find_spec("xllamacpp"): pytest.skip("xllamacpp is not installed: written GGUF files are not loaded by llama.cpp")

@@ -11,8 +11,8 @@ from conftest import complaint
 from llama_nb.checkpoint import LlamaConfig, bard_folder
 from llama_nb.cli import write_form
 from llama_nb.hub import open_checkpoint
-from llama_nb.huggingface import read_safetensors
-from llama_nb.meta import read_pth
+from llama_nb.huggingface import hf_config
+from llama_nb.rope import rope_frequencies
 from llama_nb.vocabularies import load_tokenizer, open_with_tokenizer
 
 torch = pytest.importorskip("torch", reason="what transformers makes of a file needs the extra [parity]")
@@ -123,6 +123,45 @@ def test_tied_models_and_their_heads(heads, saved, tmp_path):
 def test_a_weight_of_another_type_is_refused(saved, tmp_path):
     folder = sharded(saved, tmp_path / "model", in_shard={Q: torch.ones(32, 32, dtype=torch.int64)})
     assert "tensor layers.0.attention.wq.weight should be one of float32, float16, bfloat16, found int64" in complaint(open_checkpoint, folder)
+
+
+# Scaling -------------------------------------------------------------------------------------------------------------------
+
+YARN = dict(factor=4.0, original_max_position_embeddings=64)
+LLAMA_3 = dict(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=64)
+SPELLINGS = [
+    dict(), dict(rope_theta=5e5), dict(rope_scaling=None, rope_theta=2e4), dict(rope_parameters=None), dict(rope_parameters=dict(rope_theta=3e4, rope_type="default")), dict(rope_scaling=dict(rope_type="default", factor=3.0)),
+    dict(rope_scaling=dict(type="linear", factor=4.0)), dict(rope_scaling=dict(rope_type="linear", factor=4)), dict(rope_parameters=dict(type="linear", factor=4.0), rope_theta=2e4), dict(rope_scaling=dict(type="dynamic", factor=2.0)),
+    dict(rope_scaling=dict(type="dynamic", rope_type="linear", factor=2.0)), dict(rope_scaling=dict(type="linear", factor=2.0), rope_parameters=dict(rope_type="linear", factor=8.0, rope_theta=7e4)),
+    dict(rope_scaling=dict(type="linear", factor=2.0), rope_theta=3e4, rope_parameters=dict(rope_theta=7e4, rope_type="default")), dict(rope_scaling={}, rope_parameters=dict(rope_type="linear", factor=8.0)),
+    dict(rope_scaling=dict(type="llama3", **LLAMA_3)), dict(rope_parameters=dict(rope_type="llama3", rope_theta=5e5, **LLAMA_3)), dict(rope_scaling=dict(type="llama3", **LLAMA_3), original_max_position_embeddings=32),
+    dict(rope_scaling=dict(rope_type="llama3", **{name: value for name, value in LLAMA_3.items() if "original" not in name})),
+    dict(rope_scaling=dict(type="yarn", finetuned=True, **YARN)), dict(rope_parameters=dict(rope_type="yarn", rope_theta=1e6, **YARN)), dict(rope_scaling=dict(type="yarn", factor=4.0)), dict(rope_scaling=dict(type="yarn", factor=1.0)),
+    dict(rope_scaling=dict(type="yarn", **YARN | dict(factor=None))), dict(rope_scaling=dict(type="yarn", beta_fast=16, beta_slow=2, **YARN)), dict(rope_scaling=dict(type="yarn", beta_fast=None, beta_slow=None, truncate=None or True, **YARN)),
+    dict(rope_scaling=dict(type="yarn", truncate=False, **YARN)), dict(rope_scaling=dict(type="yarn", attention_factor=1.3, mscale=2.0, mscale_all_dim=0.5, **YARN)), dict(rope_scaling=dict(type="yarn", mscale=2.0, mscale_all_dim=0.5, **YARN)),
+    dict(rope_scaling=dict(type="yarn", mscale=2.0, **YARN)), dict(rope_scaling=dict(type="yarn", mscale=1.0, mscale_all_dim=0, **YARN)), dict(rope_scaling=dict(type="yarn", **YARN), original_max_position_embeddings=32)]
+
+
+@pytest.mark.parametrize("fields", SPELLINGS, ids=str)
+def test_each_spelling_of_scaled_positions(fields, saved, tmp_path):
+    "The speeds and the magnitude are those that transformers computes from the same config.json."
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+    folder = changed(Path(shutil.copytree(saved, tmp_path / "model")), **dict(rope_parameters=..., max_position_embeddings=256) | fields)
+    theirs, config = LlamaRotaryEmbedding(transformers.AutoConfig.from_pretrained(folder)), open_checkpoint(folder).config
+    speeds, magnitude = rope_frequencies(config.head_dim, config.rope_theta), 1.0
+    if config.rope_scaling is not None: speeds, magnitude = config.rope_scaling(speeds)
+    np.testing.assert_allclose(speeds, theirs.inv_freq.numpy(), rtol=1e-5)
+    assert magnitude == pytest.approx(theirs.attention_scaling, rel=1e-6)
+
+
+@pytest.mark.parametrize("kind, window", [("Llama", None), ("Mistral", 4096)])
+def test_what_a_family_takes_where_the_file_says_nothing(kind, window, saved, tmp_path):
+    names = ("max_position_embeddings", "rms_norm_eps", "num_key_value_heads", "rope_parameters", "tie_word_embeddings", "sliding_window", "head_dim")
+    folder = changed(Path(shutil.copytree(saved, tmp_path / "model")), architectures=[f"{kind}ForCausalLM"], model_type=kind.lower(), **dict.fromkeys(names, ...))
+    theirs = transformers.AutoConfig.from_pretrained(folder)
+    ours = hf_config(json.loads((folder / "config.json").read_text()) | dict(num_attention_heads=16), False, f"{kind}ForCausalLM")
+    assert (ours.context_length, ours.norm_eps, ours.rope_theta, ours.sliding_window) == (theirs.max_position_embeddings, theirs.rms_norm_eps, theirs.rope_parameters["rope_theta"], window)
+    assert ours.n_kv_heads == (theirs.num_key_value_heads if kind == "Mistral" else 16) and theirs.tie_word_embeddings is False
 
 
 # Messages ------------------------------------------------------------------------------------------------------------------
