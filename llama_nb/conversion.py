@@ -144,7 +144,8 @@ def block_pass(
     "A block in float32, on rows (tokens, dim) of one text; and the rows that go into each matrix."
     count = len(x)
     into_qkv = normed(x, weights["attention_norm"], config.norm_eps)
-    qkv, mixed = into_qkv @ weights["wqkv"].T, np.empty_like(x)
+    qkv = into_qkv @ weights["wqkv"].T
+    mixed = np.empty((count, config.attention_dim), np.float32)
     cache, = Cache(dataclasses.replace(config, n_layers=1, context_length=count), 1).blocks
     attend_rows(qkv, np.zeros(count, np.int32), np.arange(count, dtype=np.int32), *angles, *cache,
                 mixed, config.sliding_window or count)
@@ -347,11 +348,11 @@ def steady_checkpoint(checkpoint: Checkpoint) -> Checkpoint:
 
 def check_blocks(path: Path, config: LlamaConfig, dtype: str) -> None:
     "Refuses a width that doesn't divide into the blocks of int4."
-    if dtype == "int4" and config.dim % BLOCK:
-        raise CheckpointError(
-            f"{path}: dim should be a multiple of {BLOCK} for int4, found {config.dim}; int8"
-            " takes any"
-        )
+    if dtype != "int4": return
+    for name, width in (("dim", config.dim), ("n_heads * head_dim", config.attention_dim)):
+        if width % BLOCK:
+            raise CheckpointError(f"{path}: {name} should be a multiple of {BLOCK} for int4, "
+                                  f"found {width}; int8 takes any")
 
 # %% ../nbs/21_conversion.ipynb #3adfc197
 FORMAT = 3
@@ -501,11 +502,11 @@ def open_dequantized(model: Converted) -> Checkpoint:
     """A converted model as a checkpoint of float32 tensors, for the Keras model: the same
     function in exact arithmetic."""
     config = dataclasses.replace(model.config, tied=False)
-    hidden, (dim, kv) = padded_hidden(config), (config.dim, config.n_kv_heads * config.head_dim)
+    hidden, q, kv = padded_hidden(config), config.attention_dim, config.n_kv_heads * config.head_dim
     table = np.load(model.path / "tok_embeddings.npy", mmap_mode="r")
-    places = {"attention_norm": ("attention_norm", np.s_[:]), "attention.wq": ("wqkv", np.s_[:dim]),
-              "attention.wk": ("wqkv", np.s_[dim : dim + kv]),
-              "attention.wv": ("wqkv", np.s_[dim + kv :]), "attention.wo": ("wo", np.s_[:]),
+    places = {"attention_norm": ("attention_norm", np.s_[:]), "attention.wq": ("wqkv", np.s_[:q]),
+              "attention.wk": ("wqkv", np.s_[q : q + kv]),
+              "attention.wv": ("wqkv", np.s_[q + kv :]), "attention.wo": ("wo", np.s_[:]),
               "ffn_norm": ("ffn_norm", np.s_[:]),
               "feed_forward.w1": ("w13", np.s_[: config.hidden_dim]),
               "feed_forward.w3": ("w13", np.s_[hidden : hidden + config.hidden_dim]),

@@ -142,8 +142,14 @@ def dequantized(name: str, tensor: GGUFTensor) -> LazyTensor:
     except NotImplementedError:
         raise CheckpointError(f"tensor {name} should be of a type that gguf can dequantize, "
                               f"found {tensor.form}") from None
-    return LazyTensor(tensor.shape, dtype, tensor.form,
-                      lambda: numbers(tensor.rows).reshape(tensor.shape))
+    path = Path(tensor.rows.filename)
+    size = path.stat().st_size
+    def read():
+        if (found := path.stat().st_size) < size:
+            raise CheckpointError(f"{size} bytes were expected, found {found}: cut short since it "
+                                  "was opened")
+        return numbers(tensor.rows).reshape(tensor.shape)
+    return LazyTensor(tensor.shape, dtype, tensor.form, read)
 
 # %% ../nbs/14_gguf.ipynb #f2085243
 def llama3_factors(head_dim: int, theta: float, scaling: RopeScaling) -> np.ndarray:
@@ -200,9 +206,10 @@ def gguf_config(path, tensors: Mapping, vocab_size: int | None = None) -> LlamaC
         norm_eps=field("attention.layer_norm_rms_epsilon"),
         rope_theta=field("rope.freq_base", 10000.0), tied="output.weight" not in tensors,
         context_length=field("context_length"),
-        sliding_window=gguf_metadata(path, "llama.attention.sliding_window"))
+        sliding_window=gguf_metadata(path, "llama.attention.sliding_window"),
+        own_head_dim=gguf_metadata(path, "llama.attention.key_length"))
     for key, size in (("rope.dimension_count", config.head_dim), ("expert_count", 0),
-                      ("attention.key_length", config.head_dim)):
+                      ("attention.value_length", config.head_dim)):
         if (found := field(key, size)) != size:
             raise CheckpointError(f"llama.{key} should be {size}, found {found}")
     return check_config(dataclasses.replace(config, rope_scaling=gguf_scaling(
@@ -256,6 +263,8 @@ def gguf_fields(config: LlamaConfig) -> dict:
         "vocab_size": config.vocab_size}
     if config.sliding_window is not None:
         fields["attention.sliding_window"] = config.sliding_window
+    if config.own_head_dim is not None:
+        fields |= {f"attention.{name}_length": config.head_dim for name in ("key", "value")}
     if config.rope_scaling is not None: fields |= gguf_scaling_fields(config.rope_scaling)
     return {f"llama.{key}": value for key, value in fields.items()}
 

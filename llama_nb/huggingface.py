@@ -201,17 +201,15 @@ def hf_config(found: dict, tied: bool, architecture: str) -> LlamaConfig:
     length = check_size("max_position_embeddings", found.get("max_position_embeddings", 2048))
     scaling = hf_scaling(found, length)
     if scaling is not None and scaling.kind == "dynamic": length = int(length * scaling.factor)
-    config = check_config(LlamaConfig(
+    return check_config(LlamaConfig(
         dim=found["hidden_size"], n_layers=found["num_hidden_layers"], n_heads=heads,
         n_kv_heads=heads if kv_heads is None else kv_heads,
         hidden_dim=found["intermediate_size"], vocab_size=found["vocab_size"],
         norm_eps=found.get("rms_norm_eps", 1e-6), context_length=length, tied=tied,
         rope_theta=hf_rope_fields(found).get("rope_theta", found.get("rope_theta", 10000.0)),
         rope_scaling=scaling,
-        sliding_window=found["sliding_window"] if "sliding_window" in defaults else None))
-    if (head_dim := found.get("head_dim")) not in (None, config.head_dim):
-        raise CheckpointError(f"head_dim should be {config.head_dim}, found {head_dim}")
-    return config
+        sliding_window=found["sliding_window"] if "sliding_window" in defaults else None,
+        own_head_dim=found.get("head_dim")))
 
 # %% ../nbs/13_huggingface.ipynb #05a131b9
 def hf_architecture(found: dict) -> str:
@@ -323,7 +321,7 @@ def hf_fields(config: LlamaConfig, dtype: str) -> dict:
             beta_fast=scaling.beta_fast, beta_slow=scaling.beta_slow, truncate=scaling.truncate,
             attention_factor=scaling.attention_factor,
             original_max_position_embeddings=scaling.original_context_length)
-    if config.sliding_window is not None:
+    if config.sliding_window is not None or config.dim % config.n_heads:
         kind, fields["sliding_window"] = "Mistral", config.sliding_window
     return dict(architectures=[f"{kind}ForCausalLM"], model_type=kind.lower(),
                 max_position_embeddings=length) | fields

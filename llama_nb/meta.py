@@ -198,6 +198,18 @@ def scaling_from_params(params: dict) -> RopeScaling | None:
     factor = params.get("rope_scaling_factor", 32.0 if params["dim"] <= 3072 else 8.0)
     return RopeScaling("llama3", factor, 8192)
 
+# %% ../nbs/12_meta.ipynb #bc301660
+def trained_length(params: dict) -> int:
+    "How many positions a model of Meta's, or Mistral's, is made for, by its `params.json`."
+    if "hidden_dim" in params: return 128_000                                   # Mistral
+    if params.get("use_scaled_rope") or params.get("rope_scaling"): return 131_072    # Llama 3.1
+    match params.get("rope_theta", 10000.0):
+        case 500000.0: return 8192                                              # Llama 3
+        case 1000000.0: return 16384                                            # Code Llama
+    is_first = "n_kv_heads" not in params and (params.get("norm_eps") != 1e-5
+                                               or params["dim"] == 8192)
+    return 2048 if is_first else 4096
+
 # %% ../nbs/12_meta.ipynb #ce1659e9
 def config_from_params(params: dict, vocab_size: int | None = None) -> LlamaConfig:
     "The configuration in Meta's `params.json`; `vocab_size` stands in where the file says -1."
@@ -215,14 +227,15 @@ def config_from_params(params: dict, vocab_size: int | None = None) -> LlamaConf
             "vocab_size is -1, to be taken from the tokenizer, and there is none")
     scaling = scaling_from_params(params)
     n_heads, n_kv_heads = params["n_heads"], params.get("n_kv_heads")
+    hidden_dim = params.get("hidden_dim", ffn_hidden_dim(dim, multiple_of, multiplier))
     return check_config(LlamaConfig(
         dim=dim, n_layers=params["n_layers"], n_heads=n_heads,
         n_kv_heads=n_heads if n_kv_heads is None else n_kv_heads,
-        hidden_dim=ffn_hidden_dim(dim, multiple_of, multiplier), vocab_size=vocab_size,
+        hidden_dim=hidden_dim, vocab_size=vocab_size,
         norm_eps=params.get("norm_eps", 1e-5),
         rope_theta=params.get("rope_theta", 10000.0),
-        context_length=params.get("max_seq_len", 2048 if scaling is None else 131072),
-        rope_scaling=scaling, sliding_window=params.get("sliding_window")))
+        context_length=params.get("max_seq_len", trained_length(params)), rope_scaling=scaling,
+        sliding_window=params.get("sliding_window"), own_head_dim=params.get("head_dim")))
 
 # %% ../nbs/12_meta.ipynb #5f3fb505
 def config_to_params(config: LlamaConfig) -> dict:
@@ -236,6 +249,8 @@ def config_to_params(config: LlamaConfig) -> dict:
                        rope_scaling=dataclasses.asdict(config.rope_scaling))
     if config.sliding_window is not None:
         params |= dict(sliding_window=config.sliding_window)
+    if config.own_head_dim is not None:
+        params |= dict(head_dim=config.own_head_dim)
     for multiple_of in (256, 128, 64, 32, 16, 8, 4, 2, 1):
         if ffn_hidden_dim(config.dim, multiple_of) == config.hidden_dim:
             return params | dict(multiple_of=multiple_of)

@@ -106,13 +106,15 @@ def check_config(config: LlamaConfig) -> LlamaConfig:
         raise CheckpointError(f"rope_theta should be above 1 for yarn, found {config.rope_theta}")
     if config.n_layers > 250:
         raise CheckpointError(f"n_layers should be at most 250, found {config.n_layers}")
-    if config.dim % config.n_heads:
+    if config.attention_dim == config.dim:
+        config = dataclasses.replace(config, own_head_dim=None)
+    elif config.own_head_dim is None:
         raise CheckpointError(f"n_heads should divide dim {config.dim}, found {config.n_heads}")
     if config.n_heads % config.n_kv_heads:
         raise CheckpointError(f"n_kv_heads should divide n_heads {config.n_heads}, "
                               f"found {config.n_kv_heads}")
     if config.head_dim % 2:
-        raise CheckpointError(f"dim / n_heads should be even, found {config.head_dim}")
+        raise CheckpointError(f"head_dim should be even, found {config.head_dim}")
     return config
 
 # %% ../nbs/11_positions.ipynb #a61c0d3a
@@ -121,6 +123,7 @@ def family(config: LlamaConfig) -> str:
     scaling, window = config.rope_scaling, config.sliding_window
     news = {"grouped queries": config.n_kv_heads < config.n_heads, "tied embeddings": config.tied,
             f"{scaling and scaling.kind} scaling of positions": scaling,
-            f"a sliding window of {window}": window}
+            f"a sliding window of {window}": window,
+            f"heads of {config.head_dim}": config.own_head_dim}
     return " with ".join(
         filter(None, ["LLaMA", ", ".join(name for name, has in news.items() if has)]))

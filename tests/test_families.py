@@ -35,6 +35,8 @@ FAMILIES = {
     "CodeLlama": dict(rope_parameters=rope(theta=1e6)),
     "linear": dict(rope_parameters=rope("linear", factor=4.0)),
     "dynamic": dict(rope_parameters=rope("dynamic", factor=3.0), max_position_embeddings=TRAINED),
+    "Mistral Nemo": dict(num_attention_heads=4, num_key_value_heads=2, head_dim=8, sliding_window=None, rope_parameters=rope(theta=1e6)),
+    "wide heads": dict(num_attention_heads=4, num_key_value_heads=2, head_dim=24, tie_word_embeddings=True),
     "yarn": dict(rope_parameters=rope("yarn", factor=4.0, original_max_position_embeddings=TRAINED)),
     "yarn, as Mistral's": dict(num_key_value_heads=2, sliding_window=None, rope_parameters=rope("yarn", factor=16.0, original_max_position_embeddings=TRAINED, mscale=1.0, mscale_all_dim=0.5, beta_fast=4.0)),
     "SmolLM2": dict(hidden_size=72, num_attention_heads=9, num_key_value_heads=3, rope_parameters=rope(theta=100000.0), tie_word_embeddings=True),

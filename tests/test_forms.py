@@ -164,7 +164,7 @@ def test_what_is_not_a_llama(architecture, fields, extra, words, arrays, tmp_pat
 
 
 @pytest.mark.parametrize("fields, words", [
-    (dict(head_dim=32), "head_dim should be 16, found 32"), (dict(rope_scaling=dict(rope_type="longrope", factor=4.0)), "linear, dynamic, llama3 or yarn, found 'longrope'"), (dict(rope_theta=1.0, rope_scaling=dict(rope_type="yarn", factor=4.0)), "rope_theta should be above 1"),
+    (dict(head_dim=31), "head_dim should be even, found 31"), (dict(head_dim=0), "own_head_dim"), (dict(head_dim="16"), "own_head_dim"), (dict(rope_scaling=dict(rope_type="longrope", factor=4.0)), "linear, dynamic, llama3 or yarn, found 'longrope'"), (dict(rope_theta=1.0, rope_scaling=dict(rope_type="yarn", factor=4.0)), "rope_theta should be above 1"),
     (dict(rope_scaling=dict(type="linear")), "factor"), (dict(rope_scaling="linear"), "flat object"), (dict(rope_parameters=dict(full_attention=dict(rope_theta=1.0))), "flat object"),
     (dict(max_position_embeddings=0), "max_position_embeddings"), (dict(hidden_size="64"), "dim"), (dict(num_key_value_heads=0), "n_kv_heads"), (dict(num_hidden_layers=10**12), "n_layers"),
     (dict(vocab_size=None), "vocab_size"), (dict(rms_norm_eps=float("nan")), "norm_eps"), (dict(rope_theta=None), "rope_theta"), (dict(architectures=["MistralForCausalLM"], sliding_window=0), "sliding_window")], ids=str)
@@ -225,7 +225,8 @@ def test_eight_shards_are_never_twice_in_memory(tmp_path):
 
 LLAMA_3 = RopeScaling("llama3", 8.0, 64, 1.0, 4.0)
 VARIANTS = {"plain": {}, "tied": dict(tied=True), "window": dict(sliding_window=8), "linear": dict(rope_scaling=RopeScaling("linear", 4.0)),
-            "dynamic": dict(rope_scaling=RopeScaling("dynamic", 2.0, 64), context_length=128), "llama3": dict(rope_scaling=LLAMA_3, rope_theta=500000.0, context_length=512), "yarn": dict(rope_scaling=RopeScaling("yarn", 8.0, 256), context_length=2048)}
+            "dynamic": dict(rope_scaling=RopeScaling("dynamic", 2.0, 64), context_length=128), "llama3": dict(rope_scaling=LLAMA_3, rope_theta=500000.0, context_length=512), "yarn": dict(rope_scaling=RopeScaling("yarn", 8.0, 256), context_length=2048),
+            "narrow heads": dict(own_head_dim=8), "wide heads": dict(own_head_dim=40, n_heads=6)}
 
 
 def written(form, path, checkpoint):

@@ -1,14 +1,16 @@
 "What people bring, as it lies on their disks: it opens as transformers opens it, or one line says what it is. Each right value is the home implementation's."
-import dataclasses
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from conftest import complaint
-from llama_nb.checkpoint import LlamaConfig, bard_folder
+from llama_nb.checkpoint import CheckpointError, bard_folder
 from llama_nb.cli import write_form
 from llama_nb.hub import open_checkpoint
 from llama_nb.huggingface import hf_config
@@ -235,3 +237,71 @@ def test_ids_beyond_the_vocabulary(ends, bard_hf, tmp_path):
     (folder / "generation_config.json").write_text(json.dumps(dict(eos_token_id=ends)))
     wrong = ends[1] if isinstance(ends, list) else ends
     assert complaint_of_tokenizer(folder) == f"{folder / 'generation_config.json'}: eos_token_id should be in 0..2047, found {wrong!r}"
+
+
+# On the disk ---------------------------------------------------------------------------------------------------------------
+
+FORMS = ["meta", "hf", "gguf", "npy", "bin"]
+
+
+def written(form, path):
+    "bard in a form; the path to open."
+    if form in ("meta", "hf"): write_form(form, bard_folder(), path)
+    if form == "gguf": write_form(form, bard_folder(), path := path.with_name(f"{path.name}.gguf"))
+    if form == "npy":
+        path.mkdir()
+        checkpoint = open_checkpoint(bard_folder())
+        for name in checkpoint: np.save(path / f"{name}.npy", checkpoint.read(name))
+        for file in ("params.json", "tokenizer.model"): shutil.copy(bard_folder() / file, path)
+    if form == "bin":
+        write_form("hf", bard_folder(), path)
+        torch.save(load_file(path / "model.safetensors"), path / "pytorch_model.bin")
+        (path / "model.safetensors").unlink()
+    return path
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_file_cut_short_since_it_was_opened(form, tmp_path):
+    path = written(form, tmp_path / "bard")
+    checkpoint = open_checkpoint(path)
+    largest = max((path, *path.glob("*")) if path.is_dir() else [path], key=lambda file: file.stat().st_size if file.is_file() else 0)
+    with open(largest, "r+b") as file: file.truncate(1000)
+    with pytest.raises(CheckpointError, match=r"cut short|greater than|cannot be read") as caught:
+        for name in checkpoint: checkpoint.read(name)
+    assert str(caught.value).startswith(str(path)) and "\n" not in str(caught.value)
+
+
+NAMES = ["with spaces", "Übung für Bärbel", "模型 蜂", "ネコ's \"best\" $model* [1] %20 #2", "e\u0301 decomposed"]
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("name", NAMES)
+def test_folders_and_files_of_any_name(name, form, tmp_path):
+    (tmp_path / name).mkdir()
+    path = written(form, tmp_path / name / name)
+    checkpoint, tokenizer = open_with_tokenizer(path)
+    assert tokenizer.pieces == load_tokenizer(bard_folder()).pieces
+    expected = open_checkpoint(bard_folder())
+    for weight in ("tok_embeddings.weight", "layers.1.attention.wq.weight"): np.testing.assert_array_equal(checkpoint.read(weight).astype(np.float32), expected.read(weight).astype(np.float32))
+
+
+COMMANDS = [["info", "-m", "{model}", "--json"], ["generate", "-m", "{model}", "-p", "To be", "-n", "4", "--temp", "0"], ["convert", "{model}", "{out}"], ["generate", "-m", "{out}", "-p", "To be", "-n", "4", "--temp", "0"], ["list"]]
+
+
+@pytest.mark.parametrize("name", NAMES[:4])
+def test_the_command_line_where_every_folder_has_such_a_name(name, tmp_path):
+    "HOME, TMPDIR, the cache, the model and what is written; the model by its path and by ~."
+    places = {variable: tmp_path / name / variable for variable in ("HOME", "TMPDIR", "LLAMA_NB_CACHE", "XDG_CACHE_HOME", "NUMBA_CACHE_DIR")}
+    for place in places.values(): place.mkdir(parents=True)
+    del places["NUMBA_CACHE_DIR"]
+    if len(name) % 2: del places["LLAMA_NB_CACHE"]
+    written("gguf", places["HOME"] / name)
+    found = []
+    for model, out in ((places["HOME"] / f"{name}.gguf", places["HOME"] / "out"), (f"~/{name}.gguf", "~/out 2")):
+        for command in COMMANDS:
+            words = [word.format(model=model, out=out) for word in command]
+            result = subprocess.run([sys.executable, "-m", "llama_nb.cli", *words], capture_output=True, text=True, timeout=120, cwd=tmp_path / name,
+                                    env={**os.environ, **{variable: str(place) for variable, place in places.items()}, "PYTHONPATH": str(Path(__file__).parent.parent)})
+            assert result.returncode == 0, (words, result.stderr)
+            if command[0] == "generate": found.append(result.stdout)
+    assert len(set(found)) == 1 and (places["HOME"] / "out 2" / "manifest.json").exists()
