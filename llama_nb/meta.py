@@ -200,15 +200,15 @@ def scaling_from_params(params: dict) -> RopeScaling | None:
 
 # %% ../nbs/12_meta.ipynb #bc301660
 def trained_length(params: dict) -> int:
-    "How many positions a model of Meta's, or Mistral's, is made for, by its `params.json`."
-    if "hidden_dim" in params: return 128_000                                   # Mistral
+    "How many positions a model of Meta's, or of Mistral's, is made for, by its `params.json`."
+    if "hidden_dim" in params: return 128_000    # Mistral
     if params.get("use_scaled_rope") or params.get("rope_scaling"): return 131_072    # Llama 3.1
     match params.get("rope_theta", 10000.0):
-        case 500000.0: return 8192                                              # Llama 3
-        case 1000000.0: return 16384                                            # Code Llama
-    is_first = "n_kv_heads" not in params and (params.get("norm_eps") != 1e-5
-                                               or params["dim"] == 8192)
-    return 2048 if is_first else 4096
+        case 500000.0: return 8192    # Llama 3
+        case 1000000.0: return 16384    # Code Llama
+    large = params["dim"] == 8192    # LLaMA 1's largest has Llama 2's norm_eps
+    is_second = "n_kv_heads" in params or params.get("norm_eps") == 1e-5 and not large
+    return 4096 if is_second else 2048
 
 # %% ../nbs/12_meta.ipynb #ce1659e9
 def config_from_params(params: dict, vocab_size: int | None = None) -> LlamaConfig:

@@ -14,6 +14,7 @@ from llama_nb.checkpoint import CheckpointError, bard_folder
 from llama_nb.cli import write_form
 from llama_nb.hub import open_checkpoint
 from llama_nb.huggingface import hf_config
+from llama_nb.meta import config_from_params
 from llama_nb.rope import rope_frequencies
 from llama_nb.vocabularies import load_tokenizer, open_with_tokenizer
 
@@ -166,6 +167,30 @@ def test_what_a_family_takes_where_the_file_says_nothing(kind, window, saved, tm
     assert ours.n_kv_heads == (theirs.num_key_value_heads if kind == "Mistral" else 16) and theirs.tie_word_embeddings is False
 
 
+SEVEN = dict(dim=4096, multiple_of=256, n_heads=32, n_layers=32, vocab_size=-1)
+
+
+@pytest.mark.parametrize("params, length", [
+    (SEVEN | dict(norm_eps=1e-6), 2048), (SEVEN | dict(norm_eps=1e-5), 4096), (dict(dim=8192, multiple_of=256, n_heads=64, n_layers=80, norm_eps=1e-5), 2048),
+    (dict(dim=8192, multiple_of=4096, ffn_dim_multiplier=1.3, n_heads=64, n_kv_heads=8, n_layers=80, norm_eps=1e-5), 4096), (SEVEN | dict(norm_eps=1e-5, rope_theta=1000000), 16384),
+    (SEVEN | dict(n_kv_heads=8, ffn_dim_multiplier=1.3, multiple_of=1024, norm_eps=1e-5, rope_theta=500000.0), 8192), (SEVEN | dict(n_kv_heads=8, norm_eps=1e-5, rope_theta=500000.0, use_scaled_rope=True), 131072),
+    (dict(dim=4096, n_layers=32, head_dim=128, hidden_dim=14336, n_heads=32, n_kv_heads=8, norm_eps=1e-5, sliding_window=4096), 128000), (SEVEN | dict(norm_eps=1e-5, max_seq_len=77), 77)], ids=str)
+def test_how_long_a_text_metas_models_read(params, length):
+    "2,048, 4,096, 8,192, 131,072 and 16,384 for Code Llama are the lengths that transformers' convert_llama_weights_to_hf.py takes for these files; 128,000 is mistral-inference's."
+    config = config_from_params(params, 32000)
+    assert config.context_length == length
+    if "hidden_dim" in params: assert (config.hidden_dim, config.head_dim, config.sliding_window, config.n_parameters) == (14336, 128, 4096, 7_241_732_096)
+
+
+def test_mistrals_files_in_metas_form(tmp_path):
+    "consolidated.00.pth and params.json as Mistral 7B 0.1 and Nemo have them: a width of the feed-forward, and of a head, that no multiple_of gives."
+    params = dict(dim=64, n_layers=1, head_dim=24, hidden_dim=100, n_heads=4, n_kv_heads=2, norm_eps=1e-5, sliding_window=16, vocab_size=97, rope_theta=1e6)
+    shapes = config_from_params(params).tensor_shapes()
+    torch.save({name: torch.ones(shape, dtype=torch.bfloat16) for name, shape in shapes.items()}, tmp_path / "consolidated.00.pth")
+    (tmp_path / "params.json").write_text(json.dumps(params))
+    assert shapes["layers.0.attention.wo.weight"] == (64, 96) and shapes["layers.0.feed_forward.w2.weight"] == (64, 100) and len(open_checkpoint(tmp_path)) == len(shapes)
+
+
 # Messages ------------------------------------------------------------------------------------------------------------------
 
 @pytest.fixture(scope="module")
@@ -288,20 +313,18 @@ def test_folders_and_files_of_any_name(name, form, tmp_path):
 COMMANDS = [["info", "-m", "{model}", "--json"], ["generate", "-m", "{model}", "-p", "To be", "-n", "4", "--temp", "0"], ["convert", "{model}", "{out}"], ["generate", "-m", "{out}", "-p", "To be", "-n", "4", "--temp", "0"], ["list"]]
 
 
-@pytest.mark.parametrize("name", NAMES[:4])
+@pytest.mark.parametrize("name", ["with spaces", "Übung 模型 's \"$x* [1] %20"])
 def test_the_command_line_where_every_folder_has_such_a_name(name, tmp_path):
     "HOME, TMPDIR, the cache, the model and what is written; the model by its path and by ~."
     places = {variable: tmp_path / name / variable for variable in ("HOME", "TMPDIR", "LLAMA_NB_CACHE", "XDG_CACHE_HOME", "NUMBA_CACHE_DIR")}
     for place in places.values(): place.mkdir(parents=True)
-    del places["NUMBA_CACHE_DIR"]
-    if len(name) % 2: del places["LLAMA_NB_CACHE"]
+    if name == "with spaces": del places["LLAMA_NB_CACHE"], places["NUMBA_CACHE_DIR"]
     written("gguf", places["HOME"] / name)
-    found = []
-    for model, out in ((places["HOME"] / f"{name}.gguf", places["HOME"] / "out"), (f"~/{name}.gguf", "~/out 2")):
-        for command in COMMANDS:
-            words = [word.format(model=model, out=out) for word in command]
-            result = subprocess.run([sys.executable, "-m", "llama_nb.cli", *words], capture_output=True, text=True, timeout=120, cwd=tmp_path / name,
-                                    env={**os.environ, **{variable: str(place) for variable, place in places.items()}, "PYTHONPATH": str(Path(__file__).parent.parent)})
-            assert result.returncode == 0, (words, result.stderr)
-            if command[0] == "generate": found.append(result.stdout)
-    assert len(set(found)) == 1 and (places["HOME"] / "out 2" / "manifest.json").exists()
+    home, found = ("~" if name == "with spaces" else places["HOME"]), []
+    for command in COMMANDS:
+        words = [word.format(model=f"{home}/{name}.gguf", out=f"{home}/{name} 2") for word in command]
+        result = subprocess.run([sys.executable, "-c", "import sys; from llama_nb.cli import main; sys.exit(main())", *words], capture_output=True, text=True, timeout=120, cwd=tmp_path / name,
+                                env={**os.environ, **{variable: str(place) for variable, place in places.items()}, "PYTHONPATH": str(Path(__file__).parent.parent)})
+        assert result.returncode == 0, (words, result.stderr)
+        if command[0] == "generate": found.append(result.stdout)
+    assert len(set(found)) == 1 and found[0] and (places["HOME"] / f"{name} 2" / "manifest.json").exists()
