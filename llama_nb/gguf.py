@@ -142,8 +142,14 @@ def dequantized(name: str, tensor: GGUFTensor) -> LazyTensor:
     except NotImplementedError:
         raise CheckpointError(f"tensor {name} should be of a type that gguf can dequantize, "
                               f"found {tensor.form}") from None
-    return LazyTensor(tensor.shape, dtype, tensor.form,
-                      lambda: numbers(tensor.rows).reshape(tensor.shape))
+    path = Path(tensor.rows.filename)
+    size = path.stat().st_size
+    def read():
+        if (found := path.stat().st_size) < size:
+            raise CheckpointError(f"{size} bytes were expected, found {found}: cut short since it "
+                                  "was opened")
+        return numbers(tensor.rows).reshape(tensor.shape)
+    return LazyTensor(tensor.shape, dtype, tensor.form, read)
 
 # %% ../nbs/14_gguf.ipynb #f2085243
 def llama3_factors(head_dim: int, theta: float, scaling: RopeScaling) -> np.ndarray:
@@ -153,12 +159,22 @@ def llama3_factors(head_dim: int, theta: float, scaling: RopeScaling) -> np.ndar
     kept = (scaling.original_context_length / wavelengths - low) / (high - low)
     return 1 / (1 + (1 / scaling.factor - 1) * (1 - np.clip(kept, 0, 1)))
 
+# %% ../nbs/14_gguf.ipynb #64865a95
+def gguf_yarn(field: Callable, factor: float) -> RopeScaling:
+    "The yarn scaling in a GGUF file."
+    trained = field("rope.scaling.original_context_length", field("context_length"))
+    scaling, extra = RopeScaling("yarn", factor, trained), field("rope.scaling.attn_factor", 1.0)
+    if extra == 1: return scaling
+    return dataclasses.replace(scaling, attention_factor=extra * scaling.magnitude)
+
 # %% ../nbs/14_gguf.ipynb #b3b47623
 def gguf_scaling(field: Callable, table: LazyTensor | None, head_dim: int,
                  theta: float) -> RopeScaling | None:
     "The scaling of positions in a GGUF file; `table` is its `rope_freqs.weight`."
     kind = field("rope.scaling.type", "linear")
     factor = field("rope.scaling.factor", field("rope.scale_linear", 1.0))
+    if table is None and kind == "yarn":
+        return gguf_yarn(field, factor)
     if table is None:
         plain = kind == "none" or kind == "linear" and factor == 1
         return None if plain else RopeScaling(kind, factor)
@@ -190,9 +206,10 @@ def gguf_config(path, tensors: Mapping, vocab_size: int | None = None) -> LlamaC
         norm_eps=field("attention.layer_norm_rms_epsilon"),
         rope_theta=field("rope.freq_base", 10000.0), tied="output.weight" not in tensors,
         context_length=field("context_length"),
-        sliding_window=gguf_metadata(path, "llama.attention.sliding_window"))
+        sliding_window=gguf_metadata(path, "llama.attention.sliding_window"),
+        own_head_dim=gguf_metadata(path, "llama.attention.key_length"))
     for key, size in (("rope.dimension_count", config.head_dim), ("expert_count", 0),
-                      ("attention.key_length", config.head_dim)):
+                      ("attention.value_length", config.head_dim)):
         if (found := field(key, size)) != size:
             raise CheckpointError(f"llama.{key} should be {size}, found {found}")
     return check_config(dataclasses.replace(config, rope_scaling=gguf_scaling(
@@ -213,6 +230,27 @@ def open_gguf(path: Path, vocab_size: int | None = None) -> Checkpoint:
         ours = renamed(tensors, their_names(config, GGUF_NAMES, "blk"))
         return FileCheckpoint(path, config, ours)
 
+# %% ../nbs/14_gguf.ipynb #186293c7
+def gguf_scaling_fields(scaling: RopeScaling) -> dict:
+    "The metadata of a scaling of positions, if there is a place for it."
+    factor, trained = float(scaling.factor), scaling.original_context_length
+    match scaling.kind:
+        case "linear":
+            return {"rope.scaling.type": "linear", "rope.scaling.factor": factor}
+        case "llama3":
+            return {"llama3.factor": factor, "llama3.original_context_length": trained,
+                    "llama3.low_freq_factor": float(scaling.low_freq_factor),
+                    "llama3.high_freq_factor": float(scaling.high_freq_factor)}
+        case "yarn":
+            usual = RopeScaling("yarn", factor, trained)
+            if dataclasses.replace(scaling, attention_factor=None) == usual:
+                return {"rope.scaling.type": "yarn", "rope.scaling.factor": factor,
+                        "rope.scaling.original_context_length": trained,
+                        "rope.scaling.attn_factor": scaling.magnitude / usual.magnitude}
+            raise CheckpointError("yarn has no place in a GGUF file unless beta_fast is 32, "
+                                  "beta_slow 1 and truncate true")
+    raise CheckpointError(f"{scaling.kind} rope_scaling has no place in a GGUF file")
+
 # %% ../nbs/14_gguf.ipynb #23d49022
 def gguf_fields(config: LlamaConfig) -> dict:
     "The metadata that `gguf_config` turns back into this configuration."
@@ -225,15 +263,9 @@ def gguf_fields(config: LlamaConfig) -> dict:
         "vocab_size": config.vocab_size}
     if config.sliding_window is not None:
         fields["attention.sliding_window"] = config.sliding_window
-    if (scaling := config.rope_scaling) is not None:
-        if scaling.kind == "dynamic":
-            raise CheckpointError("dynamic rope_scaling has no place in a GGUF file")
-        fields |= {"rope.scaling.type": "linear", "rope.scaling.factor": float(scaling.factor)
-                   } if scaling.kind == "linear" else {
-            "llama3.factor": float(scaling.factor),
-            "llama3.original_context_length": scaling.original_context_length,
-            "llama3.low_freq_factor": float(scaling.low_freq_factor),
-            "llama3.high_freq_factor": float(scaling.high_freq_factor)}
+    if config.own_head_dim is not None:
+        fields |= {f"attention.{name}_length": config.head_dim for name in ("key", "value")}
+    if config.rope_scaling is not None: fields |= gguf_scaling_fields(config.rope_scaling)
     return {f"llama.{key}": value for key, value in fields.items()}
 
 # %% ../nbs/14_gguf.ipynb #8c538cec

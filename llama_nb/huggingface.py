@@ -20,16 +20,19 @@ from .positions import RopeScaling, check_config
 # %% ../nbs/13_huggingface.ipynb #mv0f2d7f
 SAFETENSORS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
+BUFFER_TYPES = {"F64": "float64", "I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8",
+                "U8": "uint8", "BOOL": "bool"}
+
 # %% ../nbs/13_huggingface.ipynb #17142265
 def safetensors_entry(name: str, entry) -> tuple[np.dtype, tuple[int, ...], int, int]:
     "Type, shape, first byte and end of a tensor, if they fit together."
     kind, shape, span = map(entry.get, ("dtype", "shape", "data_offsets"))
-    if kind not in SAFETENSORS:
+    if (type_name := (SAFETENSORS | BUFFER_TYPES).get(kind)) is None:
         raise CheckpointError(f"tensor {name} should be one of {TYPES}, found {kind}")
     if not whole_numbers(shape, 4) or not whole_numbers(span, 2) or len(span) != 2:
         raise CheckpointError(f"tensor {name} should have a shape and two offsets in whole "
                               f"numbers, found {str(shape)[:40]} and {str(span)[:40]}")
-    dtype, (first, end) = FLOATS[SAFETENSORS[kind]], span
+    dtype, (first, end) = np.dtype(type_name), span
     if end - first != (needed := math.prod(shape) * dtype.itemsize):
         raise CheckpointError(f"tensor {name} should have {needed} bytes, found {end - first}")
     return dtype, tuple(shape), first, end
@@ -64,42 +67,47 @@ def shard_path(folder: Path, name: str) -> Path:
     "The path of a shard that an index names: a file of the folder, not a way out of it."
     if not re.fullmatch(r"[\w-][\w.-]{0,200}", name):
         raise CheckpointError(f"a shard should be a file in the folder, found {name!r}")
-    home, real = folder.resolve(), (folder / name).resolve()
-    blobs = home.parent.parent / "blobs" if home.parent.name == "snapshots" else home
-    if real.parent not in (home, blobs):
-        raise CheckpointError(f"shard {name} should lie in the folder, found a link out of it")
     return folder / name
 
 # %% ../nbs/13_huggingface.ipynb #b8933d86
+BUFFER = re.compile(r"(^|\.)(rotary_emb\.(inv_freq|cos_cached|sin_cached)|position_ids)$")
+
 def read_indexed(index: Path, read: Callable) -> dict[str, LazyTensor]:
-    "The tensors of the shards that an index names, each in the shard where it should be."
+    "The tensors of the shards that an index names; each weight that it names must be among them."
     with reading(index):
         places, tensors = read_json(index).get("weight_map"), {}
         if not isinstance(places, dict) or not all(isinstance(f, str) for f in places.values()):
             raise CheckpointError("weight_map should name a file for each tensor")
-        paths = {name: shard_path(index.parent, name) for name in sorted(set(places.values()))}
-    for file, path in paths.items():
-        for name, tensor in read(path).items():
-            if places.get(name) != file:
-                raise CheckpointError(f"{path}: tensor {name} should be in "
-                                      f"{places.get(name, 'the index')}, found here")
-            tensors[name] = tensor
-    if missing := places.keys() - tensors.keys():
-        name = min(missing)
-        raise CheckpointError(f"{index.parent / places[name]}: tensor {name} is missing")
+        paths = [shard_path(index.parent, name) for name in sorted(set(places.values()))]
+    for path in paths: tensors |= read(path)
+    for name, file in places.items():
+        if name not in tensors and not BUFFER.search(name):
+            raise CheckpointError(f"{index.parent / file}: tensor {name} is missing")
     return tensors
+
+# %% ../nbs/13_huggingface.ipynb #61c54af4
+def numbered_shards(folder: Path, file: str) -> list[Path]:
+    "The paths of all shards of a file, from the name of one of them; none if there is no shard."
+    stem, ending = file.split(".")
+    for name in sorted(os.listdir(folder)):
+        if found := re.fullmatch(rf"{stem}-\d{{5}}-of-(\d{{5}})\.{ending}", name):
+            return [folder / f"{stem}-{number:05}-of-{found[1]}.{ending}"
+                    for number in range(1, int(found[1]) + 1)]
+    return []
 
 # %% ../nbs/13_huggingface.ipynb #25bccdcf
 def hf_tensors(folder: Path) -> dict[str, LazyTensor]:
     "The tensors of a Hugging Face folder, by their names there."
     for file, read in (("model.safetensors", read_safetensors), ("pytorch_model.bin", read_pth)):
-        if (index := folder / f"{file}.index.json").exists():
-            return read_indexed(index, read)
         if (folder / file).exists():
             return read(folder / file)
+        if (index := folder / f"{file}.index.json").exists():
+            return read_indexed(index, read)
+        if shards := numbered_shards(folder, file):
+            return {name: tensor for path in shards for name, tensor in read(path).items()}
     found = ", ".join(sorted(os.listdir(folder))[:5])
-    raise CheckpointError(f"{folder}: model.safetensors, pytorch_model.bin or the index of "
-                          f"their shards was expected, found {found}")
+    raise CheckpointError(f"{folder}: model.safetensors, pytorch_model.bin or their shards "
+                          f"were expected, found {found}")
 
 # %% ../nbs/13_huggingface.ipynb #1cf36787
 HF_NAMES = {"tok_embeddings": "model.embed_tokens", "norm": "model.norm", "output": "lm_head",
@@ -127,14 +135,18 @@ def reordered(name: str, tensor: LazyTensor, config: LlamaConfig, order: Callabl
     return dataclasses.replace(tensor, read=lambda: order(tensor.read(), heads))
 
 # %% ../nbs/13_huggingface.ipynb #4d948f72
-ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM")
+ARCHITECTURES = {
+    "LlamaForCausalLM": {},
+    "MistralForCausalLM": dict(max_position_embeddings=131072, num_key_value_heads=8,
+                               sliding_window=4096),
+}
 
 ONLY_LLAMA = {
     "attention_bias": False, "mlp_bias": False, "qkv_bias": False, "hidden_act": "silu",
     "partial_rotary_factor": 1.0, "use_qk_norm": False, "num_local_experts": 1, "num_experts": 1,
     "n_routed_experts": 1, "final_logit_softcapping": None, "embedding_multiplier": 1.0,
     "residual_multiplier": 1.0, "logits_scaling": 1.0, "logit_scale": 1.0,
-    "no_rope_layers": None, "quantization_config": None,
+    "no_rope_layers": None,
 }
 
 # %% ../nbs/13_huggingface.ipynb #ef8f2259
@@ -151,7 +163,7 @@ def first_difference(found: dict) -> str | None:
 # %% ../nbs/13_huggingface.ipynb #51cbd6d7
 def hf_rope_fields(found: dict) -> dict:
     "What a `config.json` says about rotary positions, wherever it says it."
-    fields = found.get("rope_parameters") or found.get("rope_scaling") or {}
+    fields = found.get("rope_scaling") or found.get("rope_parameters") or {}
     if not isinstance(fields, dict) or any(isinstance(part, dict) for part in fields.values()):
         raise CheckpointError("rope_parameters should be one flat object, the same for all "
                               f"layers, found {str(fields)[:60]}")
@@ -161,12 +173,21 @@ def hf_rope_fields(found: dict) -> dict:
 def hf_scaling(found: dict, length: int) -> RopeScaling | None:
     "The scaling of positions in a `config.json`; `length` is its max_position_embeddings."
     fields = hf_rope_fields(found)
-    kind = fields.get("rope_type", fields.get("type", "default"))
+    kind, factor = fields.get("rope_type", fields.get("type", "default")), fields.get("factor")
     if kind == "default":
         return None
-    trained = fields.get("original_max_position_embeddings", None if kind == "linear" else length)
-    return RopeScaling(kind, fields.get("factor"), length if kind == "dynamic" else trained,
-                       fields.get("low_freq_factor", 1.0), fields.get("high_freq_factor", 4.0))
+    key = "original_max_position_embeddings"
+    trained = dict(linear=None, dynamic=length).get(kind, found.get(key) or fields.get(key, length))
+    options = {name: fields[name] for name in (
+        "low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow", "attention_factor",
+        "truncate") if fields.get(name) is not None}
+    if kind == "yarn":
+        if factor is None: factor = length / trained
+        ours, all_dim = fields.get("mscale"), fields.get("mscale_all_dim")
+        if "attention_factor" not in options and ours and all_dim:
+            growth = 0.1 * math.log(factor)
+            options["attention_factor"] = (growth * ours + 1) / (growth * all_dim + 1)
+    return RopeScaling(kind, factor, trained, **options)
 
 # %% ../nbs/13_huggingface.ipynb #5c369040
 def hf_config(found: dict, tied: bool, architecture: str) -> LlamaConfig:
@@ -174,30 +195,33 @@ def hf_config(found: dict, tied: bool, architecture: str) -> LlamaConfig:
     for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size",
                  "vocab_size"):
         if name not in found: raise CheckpointError(f"{name} is missing")
+    defaults = ARCHITECTURES.get(architecture, {})
+    found = defaults | found
     heads, kv_heads = found["num_attention_heads"], found.get("num_key_value_heads")
     length = check_size("max_position_embeddings", found.get("max_position_embeddings", 2048))
-    scaling, window = hf_scaling(found, length), None
+    scaling = hf_scaling(found, length)
     if scaling is not None and scaling.kind == "dynamic": length = int(length * scaling.factor)
-    if architecture == "MistralForCausalLM": window = found.get("sliding_window", 4096)
-    config = check_config(LlamaConfig(
+    return check_config(LlamaConfig(
         dim=found["hidden_size"], n_layers=found["num_hidden_layers"], n_heads=heads,
         n_kv_heads=heads if kv_heads is None else kv_heads,
         hidden_dim=found["intermediate_size"], vocab_size=found["vocab_size"],
         norm_eps=found.get("rms_norm_eps", 1e-6), context_length=length, tied=tied,
         rope_theta=hf_rope_fields(found).get("rope_theta", found.get("rope_theta", 10000.0)),
-        rope_scaling=scaling, sliding_window=window))
-    if (head_dim := found.get("head_dim")) not in (None, config.head_dim):
-        raise CheckpointError(f"head_dim should be {config.head_dim}, found {head_dim}")
-    return config
+        rope_scaling=scaling,
+        sliding_window=found["sliding_window"] if "sliding_window" in defaults else None,
+        own_head_dim=found.get("head_dim")))
 
 # %% ../nbs/13_huggingface.ipynb #05a131b9
 def hf_architecture(found: dict) -> str:
-    "The name of the architecture; files without one have at least the name of its kind."
+    """The name of the architecture; files without one have at least the name of its kind. Upper
+    and lower case are the same: the first LLaMAs were LLaMAForCausalLM."""
     if isinstance(names := found.get("architectures"), list) and names:
-        return str(names[0])
-    kind = str(found.get("model_type", "an unnamed architecture"))
-    known = {name.removesuffix("ForCausalLM").lower(): name for name in ARCHITECTURES}
-    return known.get(kind, kind)
+        name = str(names[0])
+    else:
+        name = str(found.get("model_type", "an unnamed architecture"))
+    short = name.lower().removesuffix("forcausallm")
+    return next((known for known in ARCHITECTURES
+                 if known.lower() == f"{short}forcausallm"), name)
 
 # %% ../nbs/13_huggingface.ipynb #d69e2c7a
 def check_family(found: dict, tensors: Mapping) -> LlamaConfig:
@@ -216,16 +240,43 @@ def check_family(found: dict, tensors: Mapping) -> LlamaConfig:
         raise CheckpointError(f"{architecture} is not a LLaMA as built here: {error}") from None
     return config
 
-# %% ../nbs/13_huggingface.ipynb #a79552d1
-ROTARY_TABLE = r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq"
+# %% ../nbs/13_huggingface.ipynb #42c0d80e
+def check_is_model(folder: Path) -> None:
+    "Refuses a folder with an adapter, or with Mistral's own form, and says what it is."
+    if (folder / "config.json").exists(): return
+    if (folder / "adapter_config.json").exists():
+        base = read_json(folder / "adapter_config.json").get("base_model_name_or_path")
+        raise CheckpointError(f"{folder}: an adapter (PEFT), not a whole model; the model that it "
+                              f"changes is {base}")
+    if any(folder.glob("consolidated*.safetensors")):
+        raise CheckpointError(f"{folder}: Mistral's own form, consolidated.safetensors; "
+                              "model.safetensors (or its shards) and config.json were expected, "
+                              "which are in the same repository or in one for transformers")
+
+def check_not_quantized(folder: Path, found: dict) -> None:
+    "Refuses a LLaMA's weights that are quantized for another program, by the name of the method."
+    fields = found.get("quantization_config") or found.get("compression_config")
+    for file, method in (("quantize_config.json", "gptq"), ("quant_config.json", "awq")):
+        if not fields and (folder / file).exists(): fields = dict(quant_method=method)
+    if not fields or hf_architecture(found) not in ARCHITECTURES: return
+    method = fields.get("quant_method") if isinstance(fields, dict) else None
+    method = {"awq": "AWQ", "gptq": "GPTQ", None: "bitsandbytes"}.get(method, method)
+    raise CheckpointError(f"the weights are quantized with {str(method)[:40]}, which is not read "
+                          "here; take the model before quantization (int8 and int4 are made "
+                          "from it here), or a GGUF file of it")
 
 # %% ../nbs/13_huggingface.ipynb #mv199578
 def open_hf(folder: Path, vocab_size: int | None = None) -> Checkpoint:
     """The checkpoint in a Hugging Face folder: `config.json` and safetensors or pickles, in one
     file or many. Raises CheckpointError."""
+    check_is_model(folder)
     found = read_json(folder / "config.json")
+    with reading(folder / "config.json"): check_not_quantized(folder, found)
     tensors = {name: tensor for name, tensor in hf_tensors(folder).items()
-               if not re.fullmatch(ROTARY_TABLE, name)}
+               if not BUFFER.search(name)}
+    table, head = "model.embed_tokens.weight", "lm_head.weight"
+    if found.get("tie_word_embeddings") is True and table not in tensors and head in tensors:
+        tensors[table] = tensors.pop(head)
     with reading(folder / "config.json", "the configuration cannot be used"):
         config = check_family(found, tensors)
         if vocab_size is not None and vocab_size > config.vocab_size:
@@ -266,7 +317,11 @@ def hf_fields(config: LlamaConfig, dtype: str) -> dict:
         if scaling.kind == "llama3": fields["rope_scaling"] |= dict(
             low_freq_factor=scaling.low_freq_factor, high_freq_factor=scaling.high_freq_factor,
             original_max_position_embeddings=scaling.original_context_length)
-    if config.sliding_window is not None:
+        if scaling.kind == "yarn": fields["rope_scaling"] |= dict(
+            beta_fast=scaling.beta_fast, beta_slow=scaling.beta_slow, truncate=scaling.truncate,
+            attention_factor=scaling.attention_factor,
+            original_max_position_embeddings=scaling.original_context_length)
+    if config.sliding_window is not None or config.dim % config.n_heads:
         kind, fields["sliding_window"] = "Mistral", config.sliding_window
     return dict(architectures=[f"{kind}ForCausalLM"], model_type=kind.lower(),
                 max_position_embeddings=length) | fields

@@ -122,7 +122,8 @@ def choose_dtype(checkpoint, config: LlamaConfig, dtype: str | None, say=lambda 
     from llama_nb.conversion import usual_dtype
     fits = {row["dtype"]: row["fits"] for row in memory_table(checkpoint, config)}
     kinds = [tensor.stored for tensor in checkpoint.values() if len(tensor.shape) == 2]
-    usual = "int8" if config.dim % BLOCK else usual_dtype(kinds)
+    odd = config.dim % BLOCK or config.attention_dim % BLOCK
+    usual = "int8" if odd else usual_dtype(kinds)
     if usual == "int4" or fits["int8"]: return usual
     say(f"{checkpoint.path}: int8 does not fit into memory; computing in int4")
     return "int4"

@@ -96,7 +96,10 @@ def read_pickle(data: bytes):
 
 # %% ../nbs/12_meta.ipynb #mv5e941b
 STORAGES = {"torch.FloatStorage": "float32", "torch.HalfStorage": "float16",
-            "torch.BFloat16Storage": "bfloat16"}
+            "torch.BFloat16Storage": "bfloat16", "torch.DoubleStorage": "float64",
+            "torch.LongStorage": "int64", "torch.IntStorage": "int32",
+            "torch.ShortStorage": "int16", "torch.CharStorage": "int8",
+            "torch.ByteStorage": "uint8", "torch.BoolStorage": "bool"}
 
 # %% ../nbs/12_meta.ipynb #cac19857
 def content_offset(file, member: zipfile.ZipInfo) -> int:
@@ -130,7 +133,7 @@ def map_tensor(file, name: str, stored, member: zipfile.ZipInfo | None) -> LazyT
         raise CheckpointError(f"tensor {name} should be one of {TYPES}, found {stored.kind}")
     if member is None:
         raise CheckpointError(f"tensor {name} should have a storage {stored.storage!r}, found none")
-    dtype, begin = FLOATS[STORAGES[stored.kind]], content_offset(file, member)
+    dtype, begin = np.dtype(STORAGES[stored.kind]), content_offset(file, member)
     available = os.fstat(file.fileno()).st_size - begin
     count = min(member.file_size, available) // dtype.itemsize
     if stored.size != count or not 0 < window_end(stored) <= count:
@@ -151,12 +154,19 @@ def read_member(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> bytes:
                               f"found {member.file_size}")
     return archive.read(member)
 
+# %% ../nbs/12_meta.ipynb #1bb95637
+LEGACY = b"\x80\x02\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19"
+
 # %% ../nbs/12_meta.ipynb #2f9ea1f7
 def read_pth(path) -> dict[str, LazyTensor]:
     """The tensors of a `torch.save` file: its list is read now, the numbers are
     mapped later. Raises CheckpointError."""
     with (reading(path, "not a file that torch.save wrote, or cut short"),
-          open(check_file(path), "rb") as file, zipfile.ZipFile(file) as archive):
+          open(check_file(path), "rb") as file):
+        if file.read(len(LEGACY)) == LEGACY:
+            raise CheckpointError("written by torch.save before version 1.6; PyTorch turns it into"
+                                  " the newer form: torch.save(torch.load(path), path)")
+        archive = zipfile.ZipFile(file)
         members = {member.filename: member for member in archive.infolist()}
         if len(members) < len(archive.infolist()):
             raise CheckpointError("a member of the archive is in it twice")
@@ -188,6 +198,18 @@ def scaling_from_params(params: dict) -> RopeScaling | None:
     factor = params.get("rope_scaling_factor", 32.0 if params["dim"] <= 3072 else 8.0)
     return RopeScaling("llama3", factor, 8192)
 
+# %% ../nbs/12_meta.ipynb #bc301660
+def trained_length(params: dict) -> int:
+    "How many positions a model of Meta's, or of Mistral's, is made for, by its `params.json`."
+    if "hidden_dim" in params: return 128_000    # Mistral
+    if params.get("use_scaled_rope") or params.get("rope_scaling"): return 131_072    # Llama 3.1
+    match params.get("rope_theta", 10000.0):
+        case 500000.0: return 8192    # Llama 3
+        case 1000000.0: return 16384    # Code Llama
+    large = params["dim"] == 8192    # LLaMA 1's largest has Llama 2's norm_eps
+    is_second = "n_kv_heads" in params or params.get("norm_eps") == 1e-5 and not large
+    return 4096 if is_second else 2048
+
 # %% ../nbs/12_meta.ipynb #ce1659e9
 def config_from_params(params: dict, vocab_size: int | None = None) -> LlamaConfig:
     "The configuration in Meta's `params.json`; `vocab_size` stands in where the file says -1."
@@ -205,14 +227,15 @@ def config_from_params(params: dict, vocab_size: int | None = None) -> LlamaConf
             "vocab_size is -1, to be taken from the tokenizer, and there is none")
     scaling = scaling_from_params(params)
     n_heads, n_kv_heads = params["n_heads"], params.get("n_kv_heads")
+    hidden_dim = params.get("hidden_dim", ffn_hidden_dim(dim, multiple_of, multiplier))
     return check_config(LlamaConfig(
         dim=dim, n_layers=params["n_layers"], n_heads=n_heads,
         n_kv_heads=n_heads if n_kv_heads is None else n_kv_heads,
-        hidden_dim=ffn_hidden_dim(dim, multiple_of, multiplier), vocab_size=vocab_size,
+        hidden_dim=hidden_dim, vocab_size=vocab_size,
         norm_eps=params.get("norm_eps", 1e-5),
         rope_theta=params.get("rope_theta", 10000.0),
-        context_length=params.get("max_seq_len", 2048 if scaling is None else 131072),
-        rope_scaling=scaling, sliding_window=params.get("sliding_window")))
+        context_length=params.get("max_seq_len", trained_length(params)), rope_scaling=scaling,
+        sliding_window=params.get("sliding_window"), own_head_dim=params.get("head_dim")))
 
 # %% ../nbs/12_meta.ipynb #5f3fb505
 def config_to_params(config: LlamaConfig) -> dict:
@@ -226,6 +249,8 @@ def config_to_params(config: LlamaConfig) -> dict:
                        rope_scaling=dataclasses.asdict(config.rope_scaling))
     if config.sliding_window is not None:
         params |= dict(sliding_window=config.sliding_window)
+    if config.own_head_dim is not None:
+        params |= dict(head_dim=config.own_head_dim)
     for multiple_of in (256, 128, 64, 32, 16, 8, 4, 2, 1):
         if ffn_hidden_dim(config.dim, multiple_of) == config.hidden_dim:
             return params | dict(multiple_of=multiple_of)
@@ -282,7 +307,7 @@ def pickle_tensors(entries: Iterable[tuple[str, str, np.dtype, tuple[int, ...]]]
     def text(value): return b"X" + struct.pack("<I", len(value.encode())) + value.encode()
     def integer(value): return b"\x8a\x08" + struct.pack("<q", value)
     def group(*parts): return b"(" + b"".join(parts) + b"t"
-    kinds = {FLOATS[dtype]: kind.replace(".", "\n") for kind, dtype in STORAGES.items()}
+    kinds = {np.dtype(dtype): kind.replace(".", "\n") for kind, dtype in STORAGES.items()}
     program = b"\x80\x02}("
     for name, key, dtype, shape in entries:
         strides = [math.prod(shape[axis + 1:]) for axis in range(len(shape))]

@@ -15,37 +15,50 @@ from .files import check_size
 @dataclasses.dataclass(frozen=True)
 class RopeScaling:
     """Positions for texts longer than those of the training: kind linear (Chen et al. 2023),
-    dynamic (Peng et al. 2023) or llama3 (Meta 2024). Called with frequencies and the length of
-    the text, it gives the slowed frequencies and a magnitude. Raises CheckpointError for
+    dynamic or yarn (Peng et al. 2023) or llama3 (Meta 2024). Called with frequencies and the
+    length of the text, it gives the slowed frequencies and a magnitude. `low_freq_factor` and
+    `high_freq_factor` are llama3's, the fields after them yarn's. Raises CheckpointError for
     impossible numbers."""
     kind: str
     factor: float
     original_context_length: int | None = None
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    attention_factor: float | None = None
+    truncate: bool = True
 
     def __post_init__(self):
-        if self.kind not in ("linear", "dynamic", "llama3"):
-            raise CheckpointError("rope_scaling should be linear, dynamic or llama3, "
+        if self.kind not in ("linear", "dynamic", "llama3", "yarn"):
+            raise CheckpointError("rope_scaling should be linear, dynamic, llama3 or yarn, "
                                   f"found {self.kind!r}")
-        for name in ("factor", "low_freq_factor", "high_freq_factor"):
+        names = ["factor", "low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow"]
+        for name in names + ["attention_factor"] * (self.attention_factor is not None):
             check_size(f"rope_scaling: {name}", getattr(self, name), float)
         if self.factor < 1:
             raise CheckpointError(f"rope_scaling: factor should be at least 1, found {self.factor}")
         if self.kind != "linear" or self.original_context_length is not None:
             check_size("rope_scaling: original_context_length", self.original_context_length)
-        if self.low_freq_factor >= self.high_freq_factor:
-            raise CheckpointError("rope_scaling: high_freq_factor should be above low_freq_factor "
-                                  f"{self.low_freq_factor}, found {self.high_freq_factor}")
+        for low, high in (("low_freq_factor", "high_freq_factor"), ("beta_slow", "beta_fast")):
+            if getattr(self, low) >= getattr(self, high):
+                raise CheckpointError(f"rope_scaling: {high} should be above {low} "
+                                      f"{getattr(self, low)}, found {getattr(self, high)}")
 
     @property
     def steady_length(self) -> int | None:
         "Up to how many tokens the frequencies are the same for every text; None if always."
         return self.original_context_length if self.kind == "dynamic" else None
 
+    @property
+    def magnitude(self) -> float:
+        "What turned queries and keys are multiplied by: 1 except with yarn."
+        if self.kind != "yarn": return 1.0
+        return self.attention_factor or 0.1 * float(np.log(self.factor)) + 1
+
     def __call__(self, frequencies: np.ndarray, length: int | None = None):
-        "Slows down all pairs alike (linear), the slow ones the more (dynamic), or only (llama3)."
-        return scale_frequencies(frequencies, self, length), 1.0
+        "Slows down all pairs alike (linear), the slow ones the more (dynamic), or only."
+        return scale_frequencies(frequencies, self, length), self.magnitude
 
     def get_config(self) -> dict: return dataclasses.asdict(self)
 
@@ -53,6 +66,16 @@ class RopeScaling:
     def from_config(cls, config: dict): return cls(**config)
 
 # %% ../nbs/11_positions.ipynb #06slower6
+def kept_by_yarn(frequencies: np.ndarray, scaling: RopeScaling) -> np.ndarray:
+    "How much of its speed each pair keeps, (head_dim / 2,): 1 the fast ones, 0 the slow ones."
+    count, trained = len(frequencies), scaling.original_context_length
+    slower = -np.log(frequencies[-1]) / (count - 1) if count > 1 else 1.0    # from pair to pair
+    low, high = np.log(trained / (2 * np.pi * np.array([scaling.beta_fast, scaling.beta_slow])))
+    low, high = low / slower, high / slower
+    if scaling.truncate: low, high = np.floor(low), np.ceil(high)
+    low, high = max(low, 0), min(high, 2 * count - 1)
+    return 1 - np.clip((np.arange(count) - low) / (high - low or 0.001), 0, 1)
+
 def scale_frequencies(frequencies: np.ndarray, scaling: RopeScaling,
                       length: int | None = None) -> np.ndarray:
     "The frequencies of a head's pairs, slowed down for a text of `length` tokens."
@@ -62,8 +85,11 @@ def scale_frequencies(frequencies: np.ndarray, scaling: RopeScaling,
         excess = (trained if length is None else length) / trained - 1
         stretch = 1 + factor * (excess + abs(excess)) / 2
         return frequencies * stretch ** -np.linspace(0, 1, len(frequencies))
-    low, high = scaling.low_freq_factor, scaling.high_freq_factor
-    kept = np.clip((trained * frequencies / (2 * np.pi) - low) / (high - low), 0, 1)
+    if scaling.kind == "yarn":
+        kept = kept_by_yarn(frequencies, scaling)
+    else:
+        low, high = scaling.low_freq_factor, scaling.high_freq_factor
+        kept = np.clip((trained * frequencies / (2 * np.pi) - low) / (high - low), 0, 1)
     return frequencies * (kept + (1 - kept) / factor)
 
 # %% ../nbs/11_positions.ipynb #6b28417f
@@ -76,15 +102,19 @@ def check_config(config: LlamaConfig) -> LlamaConfig:
     if not isinstance(config.rope_scaling, RopeScaling | None):
         raise CheckpointError("rope_scaling should be a RopeScaling or None, "
                               f"found {config.rope_scaling!r}")
+    if config.rope_scaling and config.rope_scaling.kind == "yarn" and config.rope_theta <= 1:
+        raise CheckpointError(f"rope_theta should be above 1 for yarn, found {config.rope_theta}")
     if config.n_layers > 250:
         raise CheckpointError(f"n_layers should be at most 250, found {config.n_layers}")
-    if config.dim % config.n_heads:
+    if config.attention_dim == config.dim:
+        config = dataclasses.replace(config, own_head_dim=None)
+    elif config.own_head_dim is None:
         raise CheckpointError(f"n_heads should divide dim {config.dim}, found {config.n_heads}")
     if config.n_heads % config.n_kv_heads:
         raise CheckpointError(f"n_kv_heads should divide n_heads {config.n_heads}, "
                               f"found {config.n_kv_heads}")
     if config.head_dim % 2:
-        raise CheckpointError(f"dim / n_heads should be even, found {config.head_dim}")
+        raise CheckpointError(f"head_dim should be even, found {config.head_dim}")
     return config
 
 # %% ../nbs/11_positions.ipynb #a61c0d3a
@@ -93,6 +123,7 @@ def family(config: LlamaConfig) -> str:
     scaling, window = config.rope_scaling, config.sliding_window
     news = {"grouped queries": config.n_kv_heads < config.n_heads, "tied embeddings": config.tied,
             f"{scaling and scaling.kind} scaling of positions": scaling,
-            f"a sliding window of {window}": window}
+            f"a sliding window of {window}": window,
+            f"heads of {config.head_dim}": config.own_head_dim}
     return " with ".join(
         filter(None, ["LLaMA", ", ".join(name for name, has in news.items() if has)]))

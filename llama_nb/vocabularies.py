@@ -15,6 +15,7 @@ from .checkpoint import Checkpoint, CheckpointError
 from .files import check_file, read_json, read_small
 from .gguf import gguf_metadata, read_gguf
 from .hub import open_checkpoint
+from .huggingface import check_is_model
 from .tokenizer import BYTE, CONTROL, NORMAL, SPACE, UNKNOWN, USER_DEFINED, HandMadeBPE
 from .tokenizer import Piece, SentencePieceModel, Tokenizer, TokenizerError
 
@@ -401,6 +402,10 @@ def configured(tokenizer: Tokenizer, folder: Path) -> Tokenizer:
         return tokenizer.pieces.index(text)
     ends = read("generation_config").get("eos_token_id") or []
     ends = [ends] if isinstance(ends, int) else ends
+    for id in ends:
+        if id not in range(tokenizer.vocab_size):
+            raise TokenizerError(f"{folder / 'generation_config.json'}: eos_token_id should be in "
+                                 f"0..{tokenizer.vocab_size - 1}, found {id!r}")
     add_bos = config.get("add_bos_token")
     return tokenizer.configure(
         named("bos_token", tokenizer.bos_id), named("eos_token", tokenizer.eos_id),
@@ -521,6 +526,8 @@ def tokenizer_file(path: Path) -> Path:
     if not path.is_dir(): return path
     for pattern in ("tokenizer.json", "tokenizer.model", "*.gguf"):
         if len(files := sorted(path.glob(pattern))) == 1: return files[0]
+    above = path.absolute().parent / "tokenizer.model"
+    if above.exists() and any(path.glob("consolidated.*.pth")): return above
     raise TokenizerError(f"{path}: tokenizer.json, tokenizer.model or one .gguf file was expected")
 
 def read_tokenizer(path: Path) -> Tokenizer:
@@ -566,6 +573,7 @@ def check_vocabulary(path: Path, tokenizer: Tokenizer, rows: int) -> None:
 def open_with_tokenizer(path) -> tuple[Checkpoint, Tokenizer]:
     """A checkpoint and the tokenizer that lies with it, if they have the same size; reads no
     weights."""
+    check_is_model(Path(path).expanduser())
     tokenizer = load_tokenizer(path)
     checkpoint = open_checkpoint(path, tokenizer.vocab_size)
     check_vocabulary(path, tokenizer, checkpoint.config.vocab_size)

@@ -209,7 +209,7 @@ def test_any_hidden_width_survives_params_json(hidden_dim):
     assert config_from_params(json.loads(json.dumps(config_to_params(config)))) == config
 
 
-@pytest.mark.parametrize("scaling", [None, RopeScaling("linear", 4.0), RopeScaling("dynamic", 2, 2048), RopeScaling("llama3", 8.0, 8192, 1.0, 4.0)], ids=str)
+@pytest.mark.parametrize("scaling", [None, RopeScaling("linear", 4.0), RopeScaling("dynamic", 2, 2048), RopeScaling("llama3", 8.0, 8192, 1.0, 4.0), RopeScaling("yarn", 8.0, 1024, attention_factor=1.5, truncate=False)], ids=str)
 def test_scaling_and_window_survive_params_json(scaling):
     config = dataclasses.replace(CONFIG, rope_scaling=scaling, sliding_window=None if scaling is None else 512)
     params = json.loads(json.dumps(config_to_params(config)))
@@ -269,7 +269,7 @@ def test_we_read_torch(torch, tmp_path):
 
 
 def test_torch_tensors_that_are_refused(torch, tmp_path):
-    for name, value, words in [("ints", torch.arange(4), "LongStorage"), ("sparse", torch.eye(2).to_sparse(), "refused"), ("text", "words", "found str")]:
+    for name, value, words in [("complex", torch.zeros(4, dtype=torch.complex64), "ComplexFloatStorage"), ("sparse", torch.eye(2).to_sparse(), "refused"), ("text", "words", "found str")]:
         torch.save({name: value}, tmp_path / "theirs.pth")
         assert words in complaint(read_pth, tmp_path / "theirs.pth")
 
@@ -357,7 +357,7 @@ def test_only_rope_freqs_may_be_left_over(arrays, tmp_path):
     (dict(norm_eps=0), "norm_eps"), (dict(norm_eps=float("nan")), "norm_eps"), (dict(norm_eps="1e-5"), "norm_eps"), (dict(rope_theta=-1), "rope_theta"),
     (dict(vocab_size=0), "vocab_size"), (dict(vocab_size=9.0), "vocab_size"), (dict(vocab_size=10**40), "vocab_size"),
     (dict(sliding_window=0), "sliding_window"), (dict(sliding_window=4096.0), "sliding_window"), (dict(rope_scaling="llama3"), "rope_scaling"), (dict(rope_scaling=dict(kind="llama3")), "factor is missing"),
-    (dict(rope_scaling=dict(kind="yarn", factor=8.0)), "linear, dynamic or llama3, found 'yarn'"), (dict(rope_scaling=dict(kind="linear", factor=0.5)), "at least 1"),
+    (dict(rope_scaling=dict(kind="longrope", factor=8.0)), "linear, dynamic, llama3 or yarn, found 'longrope'"), (dict(rope_scaling=dict(kind="yarn", factor=8.0)), "original_context_length"), (dict(rope_scaling=dict(kind="linear", factor=0.5)), "at least 1"),
     (dict(rope_scaling=dict(kind="dynamic", factor=2.0)), "original_context_length"), (dict(rope_scaling=dict(kind="linear", factor=2.0, angle=1)), "angle is unknown"),
     (dict(use_scaled_rope=True, rope_scaling_factor="8"), "factor"), (dict(rope_scaling=dict(kind="llama3", factor=8.0, original_context_length=64, low_freq_factor=4.0)), "high_freq_factor")],
     ids=str)

@@ -140,6 +140,21 @@ def test_scaled_positions_and_a_window(tmp_path):
     same_but_for_rounding(found[[149, 150, 299]], np.array([llm.decoder.advance(ids[:end]) for end in (150, 151, 300)]))
 
 
+@pytest.mark.parametrize("n_heads, head_dim, dtype", [(8, 8, "int8"), (12, 16, "int4")])
+def test_heads_of_their_own_width(n_heads, head_dim, dtype, tmp_path):
+    "Together narrower or wider than the stream, against the Keras model of the same weights."
+    config = LlamaConfig(dim=128, n_layers=2, n_heads=n_heads, n_kv_heads=4, hidden_dim=96, vocab_size=300, context_length=64, own_head_dim=head_dim)
+    shapes, rng = config.tensor_shapes(), np.random.default_rng(0)
+    write_meta(tmp_path / "source", config, lambda name: rng.standard_normal(shapes[name]) * 0.05 + (len(shapes[name]) == 1), {"tokenizer.model": synth_tokenizer(300)})
+    llm, expected_config = load(tmp_path / "source", dtype=dtype), open_checkpoint(tmp_path / "source").config
+    assert llm.config == expected_config and llm.config.own_head_dim == head_dim
+    oracle, ids = load_weights(build_model(llm.config), open_dequantized(llm.converted)), rng.integers(3, 300, 40).tolist()
+    expected = np.asarray(oracle(np.array([ids])))[0]
+    np.testing.assert_allclose(llm.logits(ids), expected, atol=0.1 * np.abs(expected).max())
+    assert divergence(expected[None], llm.logits(ids)[None]) < 1e-3
+    np.testing.assert_allclose([llm.decoder.advance(ids[:end]) for end in (39, 40)], expected[-2:], atol=0.1 * np.abs(expected).max())
+
+
 @pytest.mark.parametrize("scaling, context", [(RopeScaling("dynamic", 4.0, 256), 256), (RopeScaling("linear", 4.0), 1024)], ids=str)
 def test_a_context_of_steady_positions(tmp_path, scaling, context):
     bard = open_checkpoint(bard_folder())

@@ -366,11 +366,15 @@ def test_shards_that_are_named_amiss(name, folder):
     refused(folder)
 
 
-def test_links_lead_nowhere_else(folder, tmp_path):
+def test_a_shard_may_be_a_link(folder, tmp_path):
     shard = folder / "model-1.safetensors"
     shard.rename(tmp_path / "elsewhere.safetensors")
     shard.symlink_to(tmp_path / "elsewhere.safetensors")
-    assert "link" in refused(folder)
+    assert len(open_checkpoint(folder)) == len(MODEL)
+    for elsewhere in ("/dev/zero", "/etc/passwd", str(tmp_path), str(shard)):
+        shard.unlink()
+        shard.symlink_to(elsewhere)
+        assert refused(folder).startswith(str(shard))
     shard.unlink()
     assert "no such file" in refused(folder)
 
@@ -384,20 +388,12 @@ def test_the_hubs_cache_is_made_of_links(folder, tmp_path):
     assert len(open_checkpoint(snapshot)) == len(MODEL)
 
 
-def test_tensors_in_the_wrong_shard(folder):
-    places, shards = get_places(folder), {path.name: path for path in folder.glob("*.safetensors")}
-    moved = next(iter(places))
-    put_index(folder, places | {moved: "model-2.safetensors"})
-    assert moved in refused(folder)
-    put_index(folder, {name: file for name, file in places.items() if name != moved})
-    assert moved in refused(folder)
+def test_an_index_that_names_too_much(folder):
+    places = get_places(folder)
     put_index(folder, places | {"model.layers.7.mlp.up_proj.weight": "model-1.safetensors"})
-    assert "layers.7" in refused(folder)
-    put_index(folder, places)
-    tensors = {name: tensor for path in shards.values() for name, tensor in read_safetensors(path).items() if path.name == "model-2.safetensors" or name == moved}
-    write_safetensors(folder / "new", tensors)
-    os.replace(folder / "new", shards["model-2.safetensors"])
-    assert moved in refused(folder)
+    assert "tensor model.layers.7.mlp.up_proj.weight is missing" in refused(folder)
+    put_index(folder, {name: "model-1.safetensors" for name in places})
+    assert "is missing" in refused(folder)
 
 
 @pytest.mark.parametrize("content", [b"", b"\n<!DOCTYPE html><html>", b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n", b"\0" * 300, b"GGUF" + b"\xff" * 300])

@@ -1,4 +1,5 @@
 "The pipeline of blocks on a Ray cluster: the same text as one process, whatever happens to its stages, and nothing left behind."
+import dataclasses
 import os
 import shutil
 import signal
@@ -8,6 +9,7 @@ import sys
 import threading
 import time
 
+import numpy as np
 import pytest
 
 ray = pytest.importorskip("ray", reason="needs Ray: pip install 'llama_nb[scale]'")
@@ -20,6 +22,7 @@ from llama_nb import pipeline
 from llama_nb.checkpoint import CheckpointError, bard_folder
 from llama_nb.conversion import convert, open_converted
 from llama_nb.library import load
+from llama_nb.meta import write_meta
 from llama_nb.pipeline import Pipeline, RayLlama, Stage, connect, split_blocks
 from llama_nb.sampling import GenerationError
 
@@ -157,6 +160,15 @@ def test_a_long_prompt_and_guesses(llm, alone):
     ids = alone.tokenizer.encode("My lord, the king is come. " * 40)[:200]
     for guesses in (0, 5): writes_as_one_process(llm, alone, [ids], 20, prompt_lookup_num_tokens=guesses)
     same_but_for_rounding(alone.logits(ids), llm.logits(ids))
+
+
+def test_heads_of_their_own_width(llm, alone, tmp_path):
+    config = dataclasses.replace(alone.config, n_layers=2, own_head_dim=16)
+    shapes, rng = config.tensor_shapes(), np.random.default_rng(0)
+    write_meta(tmp_path / "source", config, lambda name: rng.standard_normal(shapes[name]) * 0.05 + (len(shapes[name]) == 1), {"tokenizer.model": (bard_folder() / "tokenizer.model").read_bytes()})
+    folder = convert(tmp_path / "source", tmp_path / "int8")
+    ids = alone.tokenizer.encode(PROMPTS[0])
+    with open_llama(folder, alone) as narrow: same_but_for_rounding(load(folder).logits(ids), narrow.logits(ids))
 
 
 def test_texts_take_turns(llm, alone):

@@ -142,7 +142,8 @@ def test_transformers_turns_the_same_after_the_permutation(theta):
 @pytest.mark.parametrize("length", [None, 1, 8192, 8193, 20000, 65536])
 @pytest.mark.parametrize("head_dim, theta", [(64, 10000.0), (64, 500000.0), (128, 500000.0), (80, 1e6)])
 @pytest.mark.parametrize("scaling", [RopeScaling("linear", 4.0), RopeScaling("dynamic", 2.0, 8192), RopeScaling("dynamic", 8.0, 8192), RopeScaling("llama3", 8.0, 8192),
-                                     RopeScaling("llama3", 32.0, 8192), RopeScaling("llama3", 3.0, 4096, 2.0, 5.0)], ids=str)
+                                     RopeScaling("llama3", 32.0, 8192), RopeScaling("llama3", 3.0, 4096, 2.0, 5.0), RopeScaling("yarn", 8.0, 1024), RopeScaling("yarn", 1.0, 8192), RopeScaling("yarn", 16.0, 4096, beta_fast=20.0, beta_slow=2.5),
+                                     RopeScaling("yarn", 40.0, 64, attention_factor=1.25), RopeScaling("yarn", 4.0, 2048, truncate=False), RopeScaling("yarn", 4.0, 2**20)], ids=str)
 def test_scaled_speeds_are_those_of_transformers(scaling, head_dim, theta, length):
     transformers = pytest.importorskip("transformers", reason="live parity needs the extra [parity]")
     pytest.importorskip("torch", reason="live parity needs the extra [parity]")
@@ -150,12 +151,14 @@ def test_scaled_speeds_are_those_of_transformers(scaling, head_dim, theta, lengt
     fields = dict(rope_type=scaling.kind, rope_theta=theta, factor=scaling.factor)
     if scaling.kind == "llama3":
         fields |= dict(low_freq_factor=scaling.low_freq_factor, high_freq_factor=scaling.high_freq_factor, original_max_position_embeddings=scaling.original_context_length)
+    if scaling.kind == "yarn":
+        fields |= dict(beta_fast=scaling.beta_fast, beta_slow=scaling.beta_slow, attention_factor=scaling.attention_factor, truncate=scaling.truncate, original_max_position_embeddings=scaling.original_context_length)
     config = transformers.LlamaConfig(hidden_size=4 * head_dim, num_attention_heads=4, max_position_embeddings=8192, rope_parameters=fields)
     expected, attention_factor = ROPE_INIT_FUNCTIONS[scaling.kind](config, seq_len=length)
     found = scaled_frequencies(head_dim, theta, scaling, length)
     np.testing.assert_allclose(found, expected, atol=1e-6, rtol=0)
     np.testing.assert_allclose(found, expected, rtol=1e-5)
-    assert attention_factor == 1
+    assert attention_factor == pytest.approx(scaling.magnitude, rel=1e-12)
 
 
 def test_llama_3_1_by_the_code_of_its_makers():

@@ -27,7 +27,7 @@ from llama_nb.vocabularies import synth_tokenizer
 
 needs_jax = pytest.mark.skipif(importlib.util.find_spec("jax") is None, reason="jax is not installed: pip install 'llama_nb[scale]'")
 LLAMA_NB = [sys.executable, "-c", "import sys; from llama_nb.cli import main; sys.exit(main())"]
-ALL_DIVIDES = LlamaConfig(dim=128, n_layers=2, n_heads=8, n_kv_heads=8, hidden_dim=384, vocab_size=4096, context_length=64)
+ALL_DIVIDES = LlamaConfig(dim=128, n_layers=2, n_heads=8, n_kv_heads=8, hidden_dim=384, vocab_size=4096, context_length=64, own_head_dim=24)
 MESHES = {"bard": ["8", "4", "1"], "sharded": ["8", "1"]}
 IDS = list(range(300, 340))
 GREEDY = dict(max_new_tokens=12, temperature=0.0)

@@ -532,7 +532,7 @@ def test_bad_json(tmp_path, change, message):
 
 @pytest.mark.parametrize("name, content, message", [
     ("tokenizer_config", "[]", "a JSON object"), ("tokenizer_config", "{", "not JSON"), ("tokenizer_config", '{"bos_token": "<none>"}', "bos_token should be in the vocabulary"),
-    ("generation_config", '{"eos_token_id": 2048}', r"0\.\.2047"), ("generation_config", '{"eos_token_id": "x"}', "not a tokenizer"),
+    ("generation_config", '{"eos_token_id": 2048}', r"0\.\.2047"), ("generation_config", '{"eos_token_id": "x"}', r"eos_token_id should be in 0\.\.2047, found 'x'"),
     ("tokenizer_config", '{"chat_template": 7}', "chat_template should be text"), ("tokenizer_config", '{"chat_template": [7]}', "not a tokenizer")])
 def test_bad_files_beside(tmp_path, name, content, message):
     (tmp_path / "tokenizer.json").write_text(json.dumps(bard_json())), (tmp_path / f"{name}.json").write_text(content)
