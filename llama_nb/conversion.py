@@ -21,7 +21,7 @@ from .engine import block_tensors, cache_bytes, control_groups, fitted_program, 
 from .engine import padded_hidden, program_shapes
 from .files import FileCheckpoint, cache_folder, check_file, reading, sha256, written_whole
 from .generation import Decoder, Stream, check_length
-from .gguf import add_fields
+from .gguf import add_fields, part_names
 from .positions import RopeScaling, check_config
 from .quantization import BLOCK, DTYPES, Quantized, pack_int4, quantize_tensor
 from .quantization import unpack_int4
@@ -320,7 +320,8 @@ def write_tokenizer(tokenizer: Tokenizer, path: Path) -> None:
 # %% ../nbs/21_conversion.ipynb #262c18a9
 def source_states(path: Path) -> dict[str, list[int]]:
     "The source's files with their sizes and times."
-    found = sorted(path.iterdir()) if path.is_dir() else [path]
+    found = (sorted(path.iterdir()) if path.is_dir() else
+             [path.with_name(name) for name in part_names(path.name)])
     return {file.name: [file.stat().st_size, file.stat().st_mtime_ns] for file in found
             if file.is_file()}
 

@@ -4,7 +4,7 @@
 __all__ = ['read_gguf', 'gguf_metadata', 'open_gguf', 'write_gguf']
 
 # %% ../nbs/14_gguf.ipynb #mv29724c
-import contextlib, dataclasses, functools, math, struct
+import contextlib, dataclasses, functools, math, re, struct
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -101,13 +101,24 @@ class GGUFFile:
     fields: dict[str, object]
     tensors: dict[str, GGUFTensor]
 
-@functools.lru_cache(maxsize=1)
-def parse_gguf(path: Path, changed: int, size: int) -> GGUFFile:
+def check_version(version: int) -> None:
+    "Refuses the versions that cannot be read here, by what they are."
+    if version in (2, 3): return
+    if version == 1:
+        raise CheckpointError("GGUF of version 1, which llama.cpp gave up in 2023: version 2 or 3"
+                              " was expected, so take a newer file, or convert the model anew")
+    if version in (2 << 24, 3 << 24):
+        raise CheckpointError("a big-endian GGUF file, little-endian was expected:"
+                              " gguf-convert-endian FILE little turns it round")
+    raise CheckpointError(f"not a GGUF file of version 2 or 3, found version {version}")
+
+def parse_part(path: Path) -> GGUFFile:
+    "What one file holds."
     with reading(path, "not a GGUF file, or cut short"):
         data = np.memmap(path, np.uint8, "r")
         header = GGUFHeader(data[:2**24].tobytes())
-        if header.take("s", 4) != (b"GGUF",) or header.take("I")[0] not in (2, 3):
-            raise CheckpointError("not a GGUF file of version 2 or 3")
+        if header.take("s", 4) != (b"GGUF",): raise CheckpointError("not a GGUF file")
+        check_version(*header.take("I"))
         n_tensors, n_fields = header.take("Q", 2)
         if max(n_tensors, n_fields) > 10_000:
             raise CheckpointError(f"{n_tensors} tensors and {n_fields} fields were promised, "
@@ -119,15 +130,52 @@ def parse_gguf(path: Path, changed: int, size: int) -> GGUFFile:
         return GGUFFile(fields, {name: gguf_tensor(name, numbers, *place)
                                  for name, place in places.items()})
 
+# %% ../nbs/14_gguf.ipynb #d8a64e99
+def part_names(name: str) -> list[str]:
+    "The names of all files of a model, by the name of any of them."
+    if not (match := re.fullmatch(r"(.+)-\d{5}-of-(\d{5})\.gguf", name)): return [name]
+    return [f"{match[1]}-{number:05}-of-{match[2]}.gguf"
+            for number in range(1, int(match[2]) + 1)] or [name]
+
+def gguf_files(folder: Path) -> list[Path]:
+    "The GGUF models in a folder, each by its file or its first part."
+    return sorted({path.with_name(part_names(path.name)[0]) for path in folder.glob("*.gguf")})
+
+# %% ../nbs/14_gguf.ipynb #ae38fb55
+def check_part(file: GGUFFile, number: int, count: int) -> None:
+    "Refuses a file that is another part than its name says, or a part without the others."
+    found = file.fields.get("split.no", 0), file.fields.get("split.count", 0)
+    if found != (number, count) and not (count == 1 and found[1] in (0, 1)):
+        raise CheckpointError(
+            f"split.no and split.count should be {number} and {count}, as the file's name says,"
+            f" found {found[0]} and {found[1]}; the parts of a model should keep their names, which"
+            " end like -00001-of-00003.gguf, and be in one folder")
+
+@functools.lru_cache(maxsize=1)
+def parse_gguf(parts: tuple[tuple[Path, int, int], ...]) -> GGUFFile:
+    "The model in these files, each given with its time and size; they are its parts, in order."
+    files = {path: parse_part(path) for path, *_ in parts}
+    for number, (path, file) in enumerate(files.items()):
+        with reading(path): check_part(file, number, len(files))
+    with reading(parts[0][0]):
+        tensors = once(item for file in files.values() for item in file.tensors.items())
+    return GGUFFile(files[parts[0][0]].fields, tensors)
+
 # %% ../nbs/14_gguf.ipynb #mvbf90e8
 def read_gguf(path):
-    """A GGUF file's metadata, `fields`, and its tensors, mapped, `tensors`, by their names. Raises
-    CheckpointError."""
-    status = check_file(path).stat()
-    return parse_gguf(Path(path), status.st_mtime_ns, status.st_size)
+    """A GGUF model's metadata, `fields`, and its tensors, mapped, `tensors`, by their names; `path`
+    is its file, or any of its parts. Raises CheckpointError."""
+    path, parts = check_file(path), []
+    for number, name in enumerate(names := part_names(path.name), 1):
+        if not (part := path.with_name(name)).exists():
+            raise CheckpointError(f"{path}: part {number} of {len(names)} is missing: {name} was"
+                                  " expected beside it")
+        status = check_file(part).stat()
+        parts.append((part, status.st_mtime_ns, status.st_size))
+    return parse_gguf(tuple(parts))
 
 def gguf_metadata(path, key: str, default=None):
-    "One metadata field of a GGUF file."
+    "One metadata field of a GGUF model."
     return read_gguf(path).fields.get(key, default)
 
 # %% ../nbs/14_gguf.ipynb #fa67d686

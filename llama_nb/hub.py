@@ -9,7 +9,7 @@ from pathlib import Path
 
 from .checkpoint import Checkpoint, CheckpointError, bard_folder
 from .files import cached_file, check_file, reading, sha256
-from .gguf import open_gguf
+from .gguf import gguf_files, open_gguf, part_names
 from .huggingface import open_hf
 from .meta import open_meta, open_npy
 
@@ -29,7 +29,7 @@ def open_checkpoint(path, vocab_size: int | None = None) -> Checkpoint:
                             ("*.safetensors", open_hf), ("pytorch_model*.bin", open_hf)):
         if any(path.glob(pattern)):
             return opener(path, vocab_size)
-    if len(files := sorted(path.glob("*.gguf"))) == 1:
+    if len(files := gguf_files(path)) == 1:
         return open_gguf(files[0], vocab_size)
     if (path / "config.json").exists():
         return open_hf(path, vocab_size)
@@ -130,17 +130,19 @@ WEIGHT_FILES = (r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?",
 # %% ../nbs/15_hub.ipynb #af858738
 def needed_files(files: list[str], wanted: str | None = None) -> list[str]:
     "Those of a repository's files that one form of its weights needs."
-    if wanted in files: return [wanted]
+    if wanted in files: return part_names(wanted)
     if wanted is not None: raise CheckpointError(f"the repository has no file {wanted}")
     small = [file for file in files if re.fullmatch(SMALL_FILES, file)]
     for form in WEIGHT_FILES:
         if weights := [file for file in files if re.fullmatch(form, file)]: return small + weights
-    match [file for file in files if re.fullmatch(r"[^/]+\.gguf", file)]:
-        case [alone]: return [alone]
-        case []: raise CheckpointError("safetensors, pickles or one GGUF file was expected in it, "
-                                       f"found {', '.join(files[:5]) or 'nothing'}")
-        case several: raise CheckpointError("one file should be named after the repository, one "
-                                            f"of {', '.join(several)}")
+    models = list(dict.fromkeys(part_names(file)[0] for file in files if file.endswith(".gguf")))
+    match [file for file in models if "/" not in file]:
+        case [alone]: return part_names(alone)
+        case [] if not models:
+            raise CheckpointError("safetensors, pickles or one GGUF file was expected in it, "
+                                  f"found {', '.join(files[:5]) or 'nothing'}")
+    raise CheckpointError("one file should be named after the repository, one of "
+                          f"{', '.join(models)}")
 
 # %% ../nbs/15_hub.ipynb #f4cef6b2
 HUB_REASONS = {
@@ -170,7 +172,7 @@ def hub_snapshot(hub, repository: str, revision: str | None, file: str | None) -
         listed = hub.HfApi().model_info(repository, revision=revision, timeout=10).siblings
     except (hub.errors.RepositoryNotFoundError, hub.errors.RevisionNotFoundError): raise
     except Exception:
-        return Path(get(local_files_only=True, allow_patterns=[file or "config.json"]))
+        return Path(get(local_files_only=True, allow_patterns=part_names(file or "config.json")))
     return Path(get(allow_patterns=needed_files([entry.rfilename for entry in listed], file)))
 
 # %% ../nbs/15_hub.ipynb #34151942

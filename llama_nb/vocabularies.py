@@ -13,7 +13,7 @@ from pathlib import Path
 
 from .checkpoint import Checkpoint, CheckpointError
 from .files import check_file, read_json, read_small
-from .gguf import gguf_metadata, read_gguf
+from .gguf import gguf_files, read_gguf
 from .hub import open_checkpoint
 from .tokenizer import BYTE, CONTROL, NORMAL, SPACE, UNKNOWN, USER_DEFINED, HandMadeBPE
 from .tokenizer import Piece, SentencePieceModel, Tokenizer, TokenizerError
@@ -156,7 +156,12 @@ def byte_letters() -> dict[str, int]:
 LLAMA3_WORDS = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
                 r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
 
-SPLITTERS = "gpt-2", "smollm", "llama-bpe"
+GPT2_WORDS = (r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+"
+              r"|\s+(?!\S)|\s+")
+
+DEFAULT_CUTS = r"[\p{P}$+<=>^~|]+", GPT2_WORDS, r"\p{N}+", "[0-9][0-9][0-9]"
+
+SPLITTERS = "gpt-2", "smollm", "llama-bpe", "default"
 
 def word_splitter(name: str):
     "How text is cut before merging, by its name in GGUF files."
@@ -164,8 +169,9 @@ def word_splitter(name: str):
     if name not in SPLITTERS:
         raise TokenizerError(f"text should be cut as by {', '.join(SPLITTERS)}, found {name}")
     first = {"gpt-2": [], "smollm": [cut.Digits(individual_digits=True)],
-             "llama-bpe": [cut.Split(Regex(LLAMA3_WORDS), "isolated")]}
-    letters = cut.ByteLevel(add_prefix_space=False, use_regex=name != "llama-bpe")
+             "llama-bpe": [cut.Split(Regex(LLAMA3_WORDS), "isolated")],
+             "default": [cut.Split(Regex(words), "isolated") for words in DEFAULT_CUTS]}
+    letters = cut.ByteLevel(add_prefix_space=False, use_regex=name in ("gpt-2", "smollm"))
     return cut.Sequence([*first[name], letters])
 
 # %% ../nbs/16_vocabularies.ipynb #49da9d2f
@@ -431,6 +437,39 @@ def serialize_model(model: SentencePieceModel) -> bytes:
                          (4, int(model.squeeze_spaces)))
     return message(*pieces, (2, trainer), (3, normalizer))
 
+# %% ../nbs/16_vocabularies.ipynb #817d9ea4
+SAME_CUTS = {
+    "gpt-2": ("phi-2", "jina-es", "jina-de", "jina-v2-es", "jina-v2-de", "gigachat", "a.x-4.0",
+              "mellum", "modern-bert", "exaone4", "mpt", "olmo", "jais", "trillion",
+              "granite-docling"),
+    "smollm": ("starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b", "mellum2"),
+    "llama-bpe": ("llama3", "llama-v3", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2",
+                  "jina-v5-nano")}
+
+# %% ../nbs/16_vocabularies.ipynb #a14c03c3
+TOKEN_IDS = [f"tokenizer.ggml.{name}_token_id" for name in ("bos", "eos", "eot", "eom")]
+
+def ids_beyond(fields: dict) -> dict[str, int]:
+    "The fields that name a special token by an id which the vocabulary doesn't have."
+    count = len(fields["tokenizer.ggml.tokens"])
+    ids = {key: fields.get(key) for key in TOKEN_IDS}
+    return {key: id for key, id in ids.items() if isinstance(id, int) and id >= count}
+
+def doubts(fields: dict) -> list[str]:
+    "What is wrong with a vocabulary's fields, where llama.cpp only warns."
+    count = len(fields["tokenizer.ggml.tokens"])
+    found = [f"{key} should be less than {count}, the number of tokens, found {id}; taken as"
+             " missing" for key, id in ids_beyond(fields).items()]
+    if fields["tokenizer.ggml.model"] == "gpt2" and "tokenizer.ggml.pre" not in fields:
+        found.append("tokenizer.ggml.pre is missing: texts are cut in llama.cpp's default way,"
+                     " perhaps not in the model's own; a newer file of the model says which")
+    return found
+
+@functools.cache
+def say_once(line: str) -> None:
+    "A line on standard error, once in a process."
+    print(line, file=sys.stderr)
+
 # %% ../nbs/16_vocabularies.ipynb #fb7368eb
 def make_tokenizer(fields: dict) -> Tokenizer:
     "The tokenizer that the fields `tokenizer.*` of a GGUF file's metadata describe."
@@ -439,7 +478,8 @@ def make_tokenizer(fields: dict) -> Tokenizer:
     if not texts or not kinds or len(kinds) != len(texts):
         raise TokenizerError("tokenizer.ggml.tokens and tokenizer.ggml.token_type"
                              " were expected, one entry each a token")
-    scores, splitter = field("ggml.scores", [0.0] * len(texts)), field("ggml.pre", "gpt-2")
+    scores, splitter = field("ggml.scores", [0.0] * len(texts)), field("ggml.pre", "default")
+    splitter = next((ours for ours, same in SAME_CUTS.items() if splitter in same), splitter)
     pieces = [Piece(*each) for each in zip(texts, scores, kinds, strict=True)]
     if model == "gpt2":
         tokenizer = ByteLevelTokenizer(pieces, field("ggml.merges", []), splitter)
@@ -448,15 +488,19 @@ def make_tokenizer(fields: dict) -> Tokenizer:
         tokenizer = SentencePieceTokenizer(serialize_model(parts))
     else:
         raise TokenizerError(f"a tokenizer of kind llama or gpt2 was expected, found {model}")
-    bos_id, *ends = (field(f"ggml.{name}_token_id") for name in ("bos", "eos", "eot", "eom"))
+    beyond = ids_beyond(fields)
+    bos_id, *ends = (None if key in beyond else fields.get(key) for key in TOKEN_IDS)
     add_bos = field("ggml.add_bos_token", model == "llama" or splitter == "llama-bpe")
     return tokenizer.configure(bos_id, ends[0], [*ends, *turn_ends(pieces)], add_bos,
                                field("chat_template"))
 
 def gguf_tokenizer(path) -> Tokenizer:
     "The tokenizer in a GGUF file's metadata."
-    names = [name for name in read_gguf(path).fields if name.startswith("tokenizer.")]
-    return make_tokenizer({name: gguf_metadata(path, name) for name in names})
+    fields = {name: value for name, value in read_gguf(path).fields.items()
+              if name.startswith("tokenizer.")}
+    tokenizer = make_tokenizer(fields)
+    for doubt in doubts(fields): say_once(f"{path}: {doubt}")
+    return tokenizer
 
 # %% ../nbs/16_vocabularies.ipynb #6df7ecae
 def gguf_vocabulary(tokenizer: Tokenizer) -> dict:
@@ -519,8 +563,9 @@ def tokenizer_files(tokenizer: Tokenizer) -> dict[str, bytes]:
 def tokenizer_file(path: Path) -> Path:
     "The file that a tokenizer is read from, itself or in a folder."
     if not path.is_dir(): return path
-    for pattern in ("tokenizer.json", "tokenizer.model", "*.gguf"):
-        if len(files := sorted(path.glob(pattern))) == 1: return files[0]
+    for name in ("tokenizer.json", "tokenizer.model"):
+        if (path / name).exists(): return path / name
+    if len(files := gguf_files(path)) == 1: return files[0]
     raise TokenizerError(f"{path}: tokenizer.json, tokenizer.model or one .gguf file was expected")
 
 def read_tokenizer(path: Path) -> Tokenizer:

@@ -121,6 +121,23 @@ def sample_quantized(folder):
     writer.write_header_to_file(), writer.write_kv_data_to_file(), writer.write_tensors_to_file(), writer.close()
 
 
+def sample_parts(folder):
+    "A GGUF model in two parts, the metadata in the first."
+    import gguf
+    from llama_nb.gguf import add_fields, gguf_fields, gguf_tensors
+    from llama_nb.vocabularies import gguf_vocabulary, load_tokenizer
+    sample_model(folder)
+    checkpoint, vocabulary = sample_checkpoint(), gguf_vocabulary(load_tokenizer(folder))
+    (folder / "tokenizer.model").unlink()
+    tensors = list(gguf_tensors(checkpoint).items())
+    for part in range(2):
+        writer = gguf.GGUFWriter(folder / f"model-0000{part + 1}-of-00002.gguf", "llama")
+        if part == 0: add_fields(writer, gguf_fields(checkpoint.config) | vocabulary)
+        writer.add_uint16("split.no", part), writer.add_uint16("split.count", 2), writer.add_int32("split.tensors.count", len(tensors))
+        for name, tensor in tensors[part::2]: writer.add_tensor(name, tensor.read())
+        writer.write_header_to_file(), writer.write_kv_data_to_file(), writer.write_tensors_to_file(), writer.close()
+
+
 def sample_hf(folder):
     from llama_nb.huggingface import read_safetensors, write_hf, write_safetensors
     write_hf(folder / "whole", sample_checkpoint())
@@ -144,7 +161,7 @@ def sample_bin(folder):
     sample_spaces(folder)
 
 
-SAMPLES = {"pth": sample_pth, "npy": sample_npy, "gguf": sample_gguf, "quantized": sample_quantized, "safetensors": sample_hf, "bin": sample_bin, "tokenizer.model": sample_model, "tiktoken": sample_ranks, "tokenizer.json": sample_json}
+SAMPLES = {"pth": sample_pth, "npy": sample_npy, "gguf": sample_gguf, "quantized": sample_quantized, "parts": sample_parts, "safetensors": sample_hf, "bin": sample_bin, "tokenizer.model": sample_model, "tiktoken": sample_ranks, "tokenizer.json": sample_json}
 
 
 def open_sample(folder):
