@@ -11,7 +11,7 @@ from .benchmark import cpu_name, measure_speed, open_llama_cpp, read_bandwidth
 from .benchmark import write_random_gguf
 from .checkpoint import SIZES, CheckpointError
 from .files import cache_folder, quiet_start
-from .gguf import write_gguf
+from .gguf import GGUF_DTYPES, write_gguf
 from .hub import find_model
 from .huggingface import write_hf
 from .library import BYTES, cached_models, describe, load, remove_cached, unread_bytes
@@ -123,9 +123,9 @@ def add_writers(commands) -> None:
                          help="the form (default: %(default)s)")
     convert.add_argument(
         "--dtype",
-        choices=["int8", "int4"],
-        help=("of the matrices, with --to litert (default: int8); the other forms keep the"
-              " source's own"),
+        choices=[*DTYPES, *GGUF_DTYPES],
+        help=("of the matrices: int8 (the default) or int4 with --to litert, f16, q8_0 or q4_0 with"
+              " --to gguf; otherwise the source's own is kept"),
     )
     convert.add_argument("--json", action="store_true", help="print one JSON object")
     train = commands.add_parser("train", help="train a small model on texts of your own")
@@ -411,10 +411,12 @@ def run_synth(arguments) -> None:
     print(json.dumps(about) if arguments.json else line, flush=True)
 
 # %% ../nbs/30_cli.ipynb #a61c0d40
-def write_form(form: str, source: Path, target, progress: bool = False) -> None:
+def write_form(form: str, source: Path, target, progress: bool = False,
+               dtype: str | None = None) -> None:
     """Writes a checkpoint as Meta, Hugging Face (`hf`) or llama.cpp (`gguf`) would, with its
-    tokenizer, in its own dtype."""
-    WRITERS[form](target, *open_with_tokenizer(source), progress)
+    tokenizer, in its own dtype; as GGUF also in another."""
+    options = {"dtype": dtype} if dtype else {}
+    WRITERS[form](target, *open_with_tokenizer(source), progress, **options)
 
 def as_meta(target, checkpoint, tokenizer, progress):
     files, dtype = tokenizer_files(tokenizer), checkpoint["tok_embeddings.weight"].dtype.name
@@ -425,8 +427,8 @@ def as_hf(target, checkpoint, tokenizer, progress):
     write_hf(target, checkpoint, tokenizer_files(tokenizer), progress)
 
 
-def as_gguf(target, checkpoint, tokenizer, progress):
-    write_gguf(target, checkpoint, gguf_vocabulary(tokenizer), progress)
+def as_gguf(target, checkpoint, tokenizer, progress, dtype=None):
+    write_gguf(target, checkpoint, gguf_vocabulary(tokenizer), progress, dtype)
 
 
 WRITERS = {"meta": as_meta, "hf": as_hf, "gguf": as_gguf}
@@ -436,11 +438,12 @@ def run_convert(arguments) -> None:
     "Writes a model in another form."
     progress = sys.stderr.isatty()
     source = find_model(arguments.source, progress)
+    wanted = arguments.dtype and ("litert" if arguments.dtype in DTYPES else "gguf")
+    if wanted not in (None, arguments.to):
+        raise UsageError(
+            f"--dtype {arguments.dtype} goes with --to {wanted}, found --to {arguments.to}")
     if arguments.to in WRITERS:
-        if arguments.dtype:
-            raise UsageError(
-                f"--dtype {arguments.dtype} goes with --to litert, found --to {arguments.to}")
-        write_form(arguments.to, source, arguments.folder, progress)
+        write_form(arguments.to, source, arguments.folder, progress, arguments.dtype)
     else:
         with quiet_start():
             from llama_nb.conversion import convert

@@ -4,15 +4,15 @@
 __all__ = ['read_gguf', 'gguf_metadata', 'open_gguf', 'write_gguf']
 
 # %% ../nbs/14_gguf.ipynb #mv29724c
-import contextlib, dataclasses, functools, math, re, struct
+import collections, contextlib, dataclasses, functools, math, re, struct
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
 
 from .checkpoint import FLOATS, Checkpoint, CheckpointError, LazyTensor, LlamaConfig
-from .files import FileCheckpoint, check_file, check_room, check_size, counted, once
-from .files import reading, renamed, stored_bytes, their_names, written_whole
+from .files import FileCheckpoint, check_file, check_room, check_size, counted, finite
+from .files import once, reading, renamed, their_names, written_whole
 from .huggingface import SAFETENSORS
 from .positions import RopeScaling, check_config
 
@@ -284,23 +284,46 @@ def gguf_fields(config: LlamaConfig) -> dict:
             "llama3.high_freq_factor": float(scaling.high_freq_factor)}
     return {f"llama.{key}": value for key, value in fields.items()}
 
+# %% ../nbs/14_gguf.ipynb #f337d77f
+GGUF_DTYPES, QUANT_BLOCK = ("f16", "q8_0", "q4_0"), 32
+
 # %% ../nbs/14_gguf.ipynb #8c538cec
-def gguf_tensors(checkpoint: Checkpoint) -> dict[str, LazyTensor]:
-    "A checkpoint's tensors by GGUF's names, vectors in float32, with Llama 3's table if need be."
+def gguf_form(name: str, tensor: LazyTensor, tied: bool, dtype: str | None) -> str:
+    "The GGUF type in which a tensor is written, if the matrices are wanted in `dtype`."
+    if len(tensor.shape) == 1: return "F32"
+    if dtype is None:
+        return next(form for form, name in SAFETENSORS.items() if FLOATS[name] == tensor.dtype)
+    if tensor.shape[-1] % QUANT_BLOCK: return "F16"
+    is_head = name == ("token_embd.weight" if tied else "output.weight")
+    return "Q8_0" if dtype == "q4_0" and is_head else dtype.upper()
+
+def in_form(name: str, read: Callable, form: str) -> np.ndarray:
+    "A tensor's values as they are stored in a GGUF type: numbers, or blocks of bytes."
+    import gguf
+    if form in SAFETENSORS: return finite(name, read(), SAFETENSORS[form])
+    return gguf.quantize(read().astype(np.float32), gguf.GGMLQuantizationType[form])
+
+def gguf_tensors(checkpoint: Checkpoint, dtype: str | None = None) -> dict[str, LazyTensor]:
+    "A checkpoint's tensors by GGUF's names, as they are stored, with Llama 3's table if need be."
     config, found = checkpoint.config, {}
     for name, theirs in their_names(config, GGUF_NAMES, "blk").items():
         tensor, read = checkpoint[name], functools.partial(checkpoint.read, name)
-        if len(tensor.shape) == 1:
-            read, dtype = lambda read=read: read().astype(np.float32), FLOATS["float32"]
-        else:
-            dtype = tensor.dtype
-        found[theirs] = LazyTensor(tensor.shape, dtype, dtype.name, read)
+        form = gguf_form(theirs, tensor, config.tied, dtype)
+        kind = FLOATS[SAFETENSORS.get(form, "float32")]
+        read = functools.partial(in_form, name, read, form)
+        found[theirs] = LazyTensor(tensor.shape, kind, form, read)
     if (scaling := config.rope_scaling) is not None and scaling.kind == "llama3":
         table = llama3_factors(config.head_dim, config.rope_theta, scaling).astype(np.float32)
         found["rope_freqs.weight"] = LazyTensor(table.shape, table.dtype, "F32", lambda: table)
     return found
 
 # %% ../nbs/14_gguf.ipynb #a1a7e30e
+def gguf_bytes(tensor: LazyTensor) -> int:
+    "How many bytes a tensor takes in its GGUF type."
+    import gguf
+    block, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[tensor.stored]]
+    return math.prod(tensor.shape) // block * size
+
 def add_fields(writer, fields: Mapping) -> None:
     "Metadata, through the `gguf` library's writer."
     import gguf
@@ -313,10 +336,9 @@ def put_gguf(writer, fields: Mapping, tensors: Mapping[str, LazyTensor], progres
     "Metadata and tensors, through the same."
     import gguf
     add_fields(writer, fields)
-    forms = {FLOATS[name]: gguf.GGMLQuantizationType[form] for form, name in SAFETENSORS.items()}
     for name, tensor in tensors.items():
-        size, form = stored_bytes(tensor), forms[tensor.dtype]
-        writer.add_tensor_info(name, tensor.shape, tensor.dtype, size, form)
+        form = gguf.GGMLQuantizationType[tensor.stored]
+        writer.add_tensor_info(name, tensor.shape, tensor.dtype, gguf_bytes(tensor), form)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
@@ -324,16 +346,30 @@ def put_gguf(writer, fields: Mapping, tensors: Mapping[str, LazyTensor], progres
         writer.write_tensor_data(np.ascontiguousarray(tensor.read()).view(np.uint8))
 
 # %% ../nbs/14_gguf.ipynb #f471155f
+def file_type(tensors: Mapping[str, LazyTensor]) -> dict[str, int]:
+    "The fields that name the type of most matrices, by llama.cpp's numbers."
+    import gguf
+    kinds = collections.Counter(each.stored for each in tensors.values() if len(each.shape) == 2)
+    (kind, _), = kinds.most_common(1)
+    number = gguf.LlamaFileType["ALL_F32" if kind == "F32" else f"MOSTLY_{kind}"]
+    return {"general.file_type": int(number),
+            "general.quantization_version": gguf.GGML_QUANT_VERSION}
+
+# %% ../nbs/14_gguf.ipynb #6376d972
 def write_gguf(path, checkpoint: Checkpoint, metadata: Mapping[str, object] = {},
-               progress: bool = False) -> None:
-    "Writes a GGUF file; `metadata` holds more fields, such as those of a tokenizer."
+               progress: bool = False, dtype: str | None = None) -> None:
+    """Writes a GGUF file; `metadata` holds more fields, such as those of a tokenizer. `dtype`: of
+    the matrices, f16, q8_0 or q4_0; without it each keeps its own. Raises CheckpointError."""
     import gguf
     path = Path(path)
     with reading(path):
-        fields = gguf_fields(checkpoint.config) | {"tokenizer.ggml.model": "none"} | metadata
-        tensors = gguf_tensors(checkpoint)
+        if dtype not in (None, *GGUF_DTYPES):
+            raise CheckpointError(f"dtype should be {', '.join(GGUF_DTYPES)}, found {dtype!r}")
+        tensors = gguf_tensors(checkpoint, dtype)
+        fields = (gguf_fields(checkpoint.config) | {"tokenizer.ggml.model": "none"}
+                  | file_type(tensors) | metadata)
         if path.exists(): raise CheckpointError("a new file was expected, found one")
-    check_room(path, sum(map(stored_bytes, tensors.values())))
+    check_room(path, sum(map(gguf_bytes, tensors.values())))
     with (reading(path), written_whole(path) as part,
           contextlib.closing(gguf.GGUFWriter(part, "llama")) as writer):
         put_gguf(writer, fields, tensors, progress)

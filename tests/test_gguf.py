@@ -216,3 +216,60 @@ def test_an_id_beyond_the_vocabulary(name, tmp_path, capsys):
     found = open_with_tokenizer(path)[1]
     assert capsys.readouterr().err == f"{path}: {key} should be less than 2048, the number of tokens, found 32000; taken as missing\n"
     assert (found.bos_id, found.eos_id, found.stop_ids) == {"bos": (None, 2, {2}), "eos": (1, None, set())}.get(name, (1, 2, {2}))
+
+
+# For llama.cpp -----------------------------------------------------------------------------------------------------------------
+
+CONTINUE = """
+import json, sys, xllamacpp as llama_cpp
+options = llama_cpp.CommonParams()
+options.model.path, options.n_ctx, options.n_parallel, options.cpuparams.n_threads, options.warmup, options.verbosity = sys.argv[1], 256, 1, 1, False, -1
+answer = llama_cpp.Server(options).handle_completions(dict(prompt=json.loads(sys.argv[2]), n_predict=16, temperature=0.0, logprobs=5))
+print(json.dumps([(token["id"], [(top["id"], top["logprob"]) for top in token["top_logprobs"]]) for token in answer["choices"][0]["logprobs"]["content"]]))
+"""
+
+
+def check_against_llama_cpp(path):
+    "On the same file llama.cpp, which rounds more on its way, chooses tokens that are our best but for rounding, with probabilities near ours."
+    from llama_nb.library import load
+    ours = load(path, dtype="float32")
+    ids = list(map(int, ours.tokenizer.encode("To be, or not to be, that is the question: whether 'tis nobler in the mind to suffer the slings and arrows of outrageous fortune")))
+    tokens = in_process(CONTINUE, path, json.dumps(ids))
+    logits = np.asarray(ours.logits(ids + [token for token, _ in tokens]))[len(ids) - 1:-1].astype(np.float64)
+    probabilities = np.exp(logits - logits.max(-1, keepdims=True))
+    probabilities /= probabilities.sum(-1, keepdims=True)
+    assert len(tokens) == 16
+    for (token, top), row in zip(tokens, probabilities, strict=True):
+        assert row[token] > row.max() - 0.02 and all(abs(np.exp(logprob) - row[other]) < 0.02 for other, logprob in top)
+
+
+@pytest.mark.parametrize("dtype, forms, bits", [("f16", {"F16", "F32"}, 16.1), ("q8_0", {"Q8_0", "F16", "F32"}, 11.5), ("q4_0", {"Q4_0", "Q8_0", "F16", "F32"}, 9)])
+def test_written_for_llama_cpp(dtype, forms, bits, tmp_path, capsys):
+    "By the command line: types, sizes and numbers are those of the `gguf` library, and llama.cpp goes on with the same tokens."
+    from llama_nb.cli import main
+    path = tmp_path / "bard.gguf"
+    assert main(["convert", "bard", str(path), "--to", "gguf", "--dtype", dtype]) == 0
+    assert capsys.readouterr().out.startswith(f"{path}: 4,676,352 parameters as ")
+    bard, found = open_checkpoint(bard_folder()), open_checkpoint(path)
+    assert found.config == bard.config and {tensor.stored for tensor in found.values()} == forms
+    reader = gguf.GGUFReader(path)
+    assert reader.get_field("general.file_type").contents() == gguf.LlamaFileType[f"MOSTLY_{dtype.upper()}"] and reader.get_field("general.quantization_version").contents() == 2
+    for name, tensor in found.items():
+        values, kind = bard.read(name).astype(np.float32), gguf.GGMLQuantizationType[tensor.stored]
+        assert (found.read(name) == gguf.dequantize(gguf.quantize(values, kind), kind)).all(), name
+        assert (tensor.stored == "F32") == (values.ndim == 1) and (values.ndim == 1 or dtype == "f16" or (tensor.stored == "F16") == (values.shape[1] % 32 > 0))
+    assert found["output.weight" if "output.weight" in found else "tok_embeddings.weight"].stored == {"f16": "F16"}.get(dtype, "Q8_0")
+    assert path.stat().st_size - 200_000 < bits * bard.config.n_parameters / 8
+    need_llama_cpp()
+    check_against_llama_cpp(path)
+
+
+def test_dtypes_that_cannot_be_had(tmp_path, capsys):
+    from llama_nb.cli import main
+    for dtype, form, words in (("q4_0", "litert", "--to gguf, found --to litert"), ("f16", "hf", "--to gguf, found --to hf"), ("int8", "gguf", "--to litert, found --to gguf")):
+        assert main(["convert", "bard", str(tmp_path / "x"), "--to", form, "--dtype", dtype]) == 2 and words in capsys.readouterr().err
+    bard = open_checkpoint(bard_folder())
+    assert "dtype should be f16, q8_0, q4_0, found 'q5_0'" in complaint(write_gguf, tmp_path / "x", bard, dtype="q5_0")
+    large = {name: dataclasses.replace(tensor, read=lambda tensor=tensor: tensor.read().astype(np.float32) * 1e6) for name, tensor in bard.items()}
+    assert "should be finite as float16" in complaint(write_gguf, tmp_path / "x", Checkpoint("x", bard.config, large), dtype="f16")
+    assert list(tmp_path.iterdir()) == []
