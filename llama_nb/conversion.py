@@ -22,6 +22,7 @@ from .engine import padded_hidden, program_shapes
 from .files import FileCheckpoint, cache_folder, check_file, reading, sha256, written_whole
 from .generation import Decoder, Stream, check_length
 from .gguf import add_fields, part_names
+from .hub import with_lora
 from .positions import RopeScaling, check_config
 from .quantization import BLOCK, DTYPES, Quantized, pack_int4, quantize_tensor
 from .quantization import unpack_int4
@@ -325,15 +326,19 @@ def source_states(path: Path) -> dict[str, list[int]]:
     return {file.name: [file.stat().st_size, file.stat().st_mtime_ns] for file in found
             if file.is_file()}
 
+def sources(path: Path, lora: Path | None = None) -> dict:
+    "What a conversion is made of: a checkpoint, perhaps with an adapter; paths and files."
+    def found(path): return dict(path=str(path.resolve()), source=source_states(path))
+    return found(path) | ({"lora": found(lora)} if lora else {})
+
 def versions() -> dict[str, str]:
     "The versions of what writes a conversion."
     return {name: importlib.metadata.version(name) for name in ("llama_nb", "ai-edge-litert")}
 
-def describe_job(source: Path, checkpoint, dtype: str) -> dict:
+def describe_job(source: Path, checkpoint, dtype: str, lora: Path | None = None) -> dict:
     "What is converted, and by what: a conversion goes on only if all of this is the same."
-    return dict(
+    return sources(source, lora) | dict(
         format=FORMAT, dtype=dtype, config=dataclasses.asdict(checkpoint.config),
-        path=str(source.resolve()), source=source_states(source),
         versions=versions(),
         tensors={name: [list(tensor.shape), tensor.stored] for name, tensor in checkpoint.items()})
 
@@ -394,8 +399,9 @@ def rounding(read: Callable, config: LlamaConfig, folder: Path, dtype: str) -> f
     return math.sqrt(sum(errors) / sum(sizes))
 
 # %% ../nbs/21_conversion.ipynb #mvd013dd
-def convert(source, folder, dtype: str = "int8", progress: bool = False) -> Path:
-    """Writes a checkpoint as quantized LiteRT programs, `dtype` int8 or int4, a block at a time.
+def convert(source, folder, dtype: str = "int8", progress: bool = False, lora=None) -> Path:
+    """Writes a checkpoint as quantized LiteRT programs, `dtype` int8 or int4, a block at a time;
+    with `lora`, the folder of an adapter, its matrices with that added (chapter 15).
 
     Files appear whole, the manifest last. If it is interrupted, the same call goes on where it
     was. A model whose positions follow the length of the text (chapter 11's dynamic kind) gets
@@ -404,10 +410,12 @@ def convert(source, folder, dtype: str = "int8", progress: bool = False) -> Path
         raise GenerationError(f"dtype should be {' or '.join(DTYPES)}, found {dtype!r}")
     source, folder = Path(source).expanduser(), Path(folder).expanduser()
     checkpoint, tokenizer = open_with_tokenizer(source)
+    lora = Path(lora).expanduser() if lora else None
+    if lora: checkpoint = with_lora(checkpoint, lora)
     checkpoint = steady_checkpoint(checkpoint)
     config = checkpoint.config
     check_blocks(source, config, dtype)
-    sizes, job = file_sizes(config, dtype), describe_job(source, checkpoint, dtype)
+    sizes, job = file_sizes(config, dtype), describe_job(source, checkpoint, dtype, lora)
     ids = tokenizer.encode(calibration_text())[:min(config.context_length, CALIBRATION)]
     with alone_in(folder):
         begin(folder, job, sizes)
@@ -684,11 +692,15 @@ TOGETHER = 8
 def open_source(model: Converted) -> Checkpoint:
     """What a model was converted from. Where that is gone, or has been changed since, the model's
     own weights, dequantized; a line on standard error says so."""
-    path = Path(model.manifest["path"])
-    if path.exists() and source_states(path) == model.manifest["source"]:
-        return open_with_tokenizer(path)[0]
-    print(f"{model.path}: {path}, which it was converted from, is gone or has changed; its own"
-          f" {model.dtype} weights take the place of those", file=sys.stderr)
+    path, adapter = Path(model.manifest["path"]), model.manifest.get("lora")
+    lora = Path(adapter["path"]) if adapter else None
+    found = sources(path, lora)
+    if path.exists() and all(found[key] == model.manifest[key] for key in found):
+        checkpoint = open_with_tokenizer(path)[0]
+        return with_lora(checkpoint, lora) if lora else checkpoint
+    print(f"{model.path}: {path}{f' or {lora}' if lora else ''}, which it was converted from, is"
+          f" gone or has changed; its own {model.dtype} weights take the place of those",
+          file=sys.stderr)
     return open_dequantized(model)
 
 # %% ../nbs/21_conversion.ipynb #aabd6a1c

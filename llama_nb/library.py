@@ -10,7 +10,7 @@ from pathlib import Path
 
 from .checkpoint import Checkpoint, CheckpointError, LlamaConfig, bard_folder
 from .files import cache_folder, quiet_start, reading
-from .hub import PRESETS, find_model
+from .hub import PRESETS, find_model, with_lora
 from .positions import family
 from .quantization import BLOCK, DTYPES
 from .sampling import GenerationError, check_number
@@ -31,17 +31,20 @@ def with_context(config: LlamaConfig, context_length: int | None) -> LlamaConfig
     return dataclasses.replace(config, context_length=context_length or min(longest, 2048))
 
 # %% ../nbs/29_library.ipynb #mvdd9f62
-def open_model(name, context_length: int | None = None, progress: bool = False):
+def open_model(name, context_length: int | None = None, progress: bool = False, lora=None):
     """A model's path, its tokenizer, its `Checkpoint` (or `Converted`, if it was converted), and
-    the `LlamaConfig` to build it in; no weights are read."""
+    the `LlamaConfig` to build it in; no weights are read. `lora`: an adapter's folder."""
     path = find_model(name, progress)
     if is_converted(path):
+        if lora: raise GenerationError(f"{path}: a converted model takes no adapter; give what it"
+                                       " was converted from")
         from llama_nb.conversion import open_converted
 
         checkpoint, tokenizer = open_converted(path), load_tokenizer(path)
         check_vocabulary(path, tokenizer, checkpoint.config.vocab_size)
     else:
         checkpoint, tokenizer = open_with_tokenizer(path)
+        if lora: checkpoint = with_lora(checkpoint, lora)
     return path, tokenizer, checkpoint, with_context(checkpoint.config, context_length)
 
 # %% ../nbs/29_library.ipynb #43a99cd5
@@ -128,32 +131,33 @@ def choose_dtype(checkpoint, config: LlamaConfig, dtype: str | None, say=lambda 
     return "int4"
 
 # %% ../nbs/29_library.ipynb #cc3cd871
-def form_folder(path: Path, dtype: str) -> Path:
-    "Where the converted form of a source is kept."
+def form_folder(path: Path, dtype: str, lora: Path | None = None) -> Path:
+    "Where the converted form of a source is kept; with an adapter it has a place of its own."
     from llama_nb.conversion import digest
-    return cache_folder() / "converted" / f"{path.name}-{dtype}-{digest(str(path.resolve()))[:8]}"
+    key = [str(each.resolve()) for each in (path, lora)] if lora else str(path.resolve())
+    return cache_folder() / "converted" / f"{path.name}-{dtype}-{digest(key)[:8]}"
 
-def kept_form(path: Path, dtype: str):
+def kept_form(path: Path, dtype: str, lora: Path | None = None):
     "The converted form of a source, if it is in the cache and still true; else None."
     from llama_nb import conversion
     with contextlib.suppress(CheckpointError):
-        model = conversion.open_converted(form_folder(path, dtype))
-        if (model.manifest["source"] == conversion.source_states(path)
-            and model.manifest["versions"] == conversion.versions()): return model
+        model = conversion.open_converted(form_folder(path, dtype, lora))
+        found = conversion.sources(path, lora) | dict(versions=conversion.versions())
+        if all(found[key] == model.manifest.get(key) for key in found): return model
 
-def converted_form(path: Path, dtype: str, progress: bool = False):
+def converted_form(path: Path, dtype: str, progress: bool = False, lora: Path | None = None):
     """The converted form of a source, made if it isn't in the cache. Several processes may ask at
     once: one converts, the others wait; what a killed one began, the next goes on with."""
     from llama_nb import conversion
-    folder = form_folder(path, dtype)
-    if model := kept_form(path, dtype): return model
+    folder = form_folder(path, dtype, lora)
+    if model := kept_form(path, dtype, lora): return model
     with conversion.waiting_for(folder, "converting"):
-        if model := kept_form(path, dtype): return model
+        if model := kept_form(path, dtype, lora): return model
         if (folder / "manifest.json").exists(): shutil.rmtree(folder)
-        try: conversion.convert(path, folder, dtype, progress)
+        try: conversion.convert(path, folder, dtype, progress, lora)
         except conversion.AnotherJob:
             shutil.rmtree(folder)
-            conversion.convert(path, folder, dtype, progress)
+            conversion.convert(path, folder, dtype, progress, lora)
         return conversion.open_converted(folder)
 
 def check_fits(checkpoint, config: LlamaConfig, dtype: str) -> None:
@@ -169,32 +173,32 @@ def check_fits(checkpoint, config: LlamaConfig, dtype: str) -> None:
             + " takes less")
 
 # %% ../nbs/29_library.ipynb #01455b5a
-def find_form(path: Path, dtype: str | None, context_length: int | None, progress: bool = False):
+def find_form(path: Path, dtype: str | None, context_length: int | None, progress: bool = False,
+              lora: Path | None = None):
     """The `Converted` to run a source in, its tokenizer and configuration; or None, if float32
     or bfloat16 is to be taken. A form in the cache is found without opening the source."""
     from llama_nb import conversion
     if dtype in BYTES: return None
     for each in [dtype] if dtype else DTYPES:
-        model = kept_form(path, each)
+        model = kept_form(path, each, lora)
         if model is None: continue
         kinds = [kind for shape, kind in model.manifest["tensors"].values() if len(shape) == 2]
         usual = dtype or conversion.usual_dtype(kinds)
         if usual == each and conversion.fits_memory(model, context_length): break
     else:
-        checkpoint, _ = open_with_tokenizer(path)
-        config = with_context(checkpoint.config, context_length)
+        _, _, checkpoint, config = open_model(path, context_length, lora=lora)
         def say(line): print(line, file=sys.stderr)
         dtype = choose_dtype(checkpoint, config, dtype, say)
         if dtype in BYTES: return None
         check_fits(checkpoint, config, dtype)
-        model = converted_form(path, dtype, progress)
+        model = converted_form(path, dtype, progress, lora)
     return model, load_tokenizer(model.path), with_context(model.config, context_length)
 
 # %% ../nbs/29_library.ipynb #6b8167e2
 def load(name, dtype: str | None = None, context_length: int | None = None,
          threads: int | None = None, progress: bool = False, mesh=None,
          coordinator: str | None = None, process: int | None = None, ray: str | None = None,
-         sequences: int = 8):
+         sequences: int = 8, lora=None):
     """A `Llama` from a preset, a folder, a file, or `owner/name` on the Hub.
 
     `dtype`: int8 or int4 (the fast engine; what isn't converted yet is converted once, into the
@@ -208,23 +212,26 @@ def load(name, dtype: str | None = None, context_length: int | None = None,
     with JAX, `8` or, in processes and devices of each, `2x4`; then `coordinator` is HOST:PORT of
     process 0, and `process` the number of this one (chapter 27). `ray`: the address of a Ray
     cluster over whose nodes the blocks of the converted model are spread, or auto, which finds
-    one here; then there is room for so many `sequences` at once (chapter 28).
+    one here; then there is room for so many `sequences` at once (chapter 28). `lora`: an adapter
+    that is added to the model, the folder of peft's or `owner/name` (chapter 15); what is converted
+    is the sum.
     Raises CheckpointError, TokenizerError or GenerationError."""
     check_threads(threads)
+    lora = None if lora is None else find_model(lora, progress)
     if mesh is not None:
         if ray is not None:
             raise GenerationError("a model goes onto a mesh or onto a Ray cluster, found both")
         use_jax(dtype, threads)
-        path, tokenizer, checkpoint, config = open_model(name, context_length, progress)
+        path, tokenizer, checkpoint, config = open_model(name, context_length, progress, lora)
         from llama_nb.mesh import load_on_mesh
         return load_on_mesh(checkpoint, tokenizer, config, path, mesh, "float32", coordinator,
                             process, progress)
     path = find_model(name, progress)
     if is_converted(path):
-        _, tokenizer, model, config = open_model(path, context_length, progress)
+        _, tokenizer, model, config = open_model(path, context_length, progress, lora)
         form = None if choose_dtype(model, config, dtype) in BYTES else (model, tokenizer, config)
     else:
-        form = find_form(path, dtype, context_length, progress)
+        form = find_form(path, dtype, context_length, progress, lora)
     if ray is not None:
         if form is None: check_choice("with Ray, dtype", dtype, DTYPES)
         from llama_nb.pipeline import Pipeline, RayLlama
@@ -233,7 +240,7 @@ def load(name, dtype: str | None = None, context_length: int | None = None,
             return RayLlama(
                 Pipeline(model, config, ray, sequences, threads), tokenizer, path, model)
     if form is not None: return load_form(path, *form, threads, progress)
-    return load_keras(path, dtype or "float32", context_length, threads, progress)
+    return load_keras(path, dtype or "float32", context_length, threads, progress, lora)
 
 # %% ../nbs/29_library.ipynb #31d12c03
 def load_form(path: Path, model, tokenizer, config: LlamaConfig, threads, progress):
@@ -243,13 +250,13 @@ def load_form(path: Path, model, tokenizer, config: LlamaConfig, threads, progre
         engine = open_engine(model, config, threads, progress)
     return LiteRTLlama(engine, tokenizer, path, model)
 
-def load_keras(path: Path, dtype: str, context_length, threads, progress):
+def load_keras(path: Path, dtype: str, context_length, threads, progress, lora=None):
     "A `Llama` that computes with Keras."
     check_backend(dtype)
     set_threads(threads)
     from llama_nb.chat import ChatLlama
     from llama_nb.model import build_model, load_weights
-    _, tokenizer, checkpoint, config = open_model(path, context_length, progress)
+    _, tokenizer, checkpoint, config = open_model(path, context_length, progress, lora)
     if not isinstance(checkpoint, Checkpoint):
         from llama_nb.conversion import open_source
         checkpoint = open_source(checkpoint)
