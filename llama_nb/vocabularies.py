@@ -447,13 +447,11 @@ SAME_CUTS = {
                   "jina-v5-nano")}
 
 # %% ../nbs/16_vocabularies.ipynb #a14c03c3
-TOKEN_IDS = [f"tokenizer.ggml.{name}_token_id" for name in ("bos", "eos", "eot", "eom")]
-
 def ids_beyond(fields: dict) -> dict[str, int]:
     "The fields that name a special token by an id which the vocabulary doesn't have."
-    count = len(fields["tokenizer.ggml.tokens"])
-    ids = {key: fields.get(key) for key in TOKEN_IDS}
-    return {key: id for key, id in ids.items() if isinstance(id, int) and id >= count}
+    count = len(fields.get("tokenizer.ggml.tokens") or ())
+    return {key: id for key, id in fields.items()
+            if key.endswith("_token_id") and isinstance(id, int) and id >= count}
 
 def doubts(fields: dict) -> list[str]:
     "What is wrong with a vocabulary's fields, where llama.cpp only warns."
@@ -473,7 +471,10 @@ def say_once(line: str) -> None:
 # %% ../nbs/16_vocabularies.ipynb #fb7368eb
 def make_tokenizer(fields: dict) -> Tokenizer:
     "The tokenizer that the fields `tokenizer.*` of a GGUF file's metadata describe."
-    def field(key, default=None): return fields.get(f"tokenizer.{key}", default)
+    beyond = ids_beyond(fields)
+    def field(key, default=None):
+        key = f"tokenizer.{key}"
+        return default if key in beyond else fields.get(key, default)
     model, texts, kinds = map(field, ("ggml.model", "ggml.tokens", "ggml.token_type"))
     if not texts or not kinds or len(kinds) != len(texts):
         raise TokenizerError("tokenizer.ggml.tokens and tokenizer.ggml.token_type"
@@ -488,8 +489,7 @@ def make_tokenizer(fields: dict) -> Tokenizer:
         tokenizer = SentencePieceTokenizer(serialize_model(parts))
     else:
         raise TokenizerError(f"a tokenizer of kind llama or gpt2 was expected, found {model}")
-    beyond = ids_beyond(fields)
-    bos_id, *ends = (None if key in beyond else fields.get(key) for key in TOKEN_IDS)
+    bos_id, *ends = (field(f"ggml.{name}_token_id") for name in ("bos", "eos", "eot", "eom"))
     add_bos = field("ggml.add_bos_token", model == "llama" or splitter == "llama-bpe")
     return tokenizer.configure(bos_id, ends[0], [*ends, *turn_ends(pieces)], add_bos,
                                field("chat_template"))

@@ -12,7 +12,7 @@ from test_default import IDS, TINY, write_tiny
 
 from conftest import complaint
 from llama_nb import conversion, library
-from llama_nb.checkpoint import CheckpointError, LazyTensor
+from llama_nb.checkpoint import LazyTensor
 from llama_nb.cli import main
 from llama_nb.hub import needed_files, open_checkpoint, read_lora, with_lora
 from llama_nb.huggingface import HF_NAMES, read_safetensors, write_hf, write_safetensors

@@ -8,14 +8,14 @@ import sys
 import gguf
 import numpy as np
 import pytest
-from test_tokenizer import random_texts, smollm2_file, special_texts  # noqa: F401
+from test_tokenizer import random_texts
 
 from conftest import complaint
 from llama_nb.checkpoint import Checkpoint, LazyTensor, LlamaConfig, bard_folder
 from llama_nb.gguf import add_fields, gguf_fields, gguf_tensors, read_gguf, write_gguf
 from llama_nb.hub import needed_files, open_checkpoint
 from llama_nb.tokenizer import TokenizerError
-from llama_nb.vocabularies import SAME_CUTS, SPLITTERS, gguf_vocabulary, load_tokenizer, make_tokenizer, open_with_tokenizer
+from llama_nb.vocabularies import SAME_CUTS, SPLITTERS, gguf_vocabulary, load_tokenizer, open_with_tokenizer
 
 BEES = "To be, or not to be, that is the question: 1603 bees, 'tis 3.14159"
 
@@ -207,7 +207,7 @@ def test_a_vocabulary_that_does_not_say_how_it_is_cut(tmp_path, capsys):
     with pytest.raises(TokenizerError, match="cut as by gpt-2, smollm, llama-bpe, default, found tekken"): load_tokenizer(write_zeros(tmp_path / "other.gguf", byte_level(pre="tekken")))
 
 
-@pytest.mark.parametrize("name", ["bos", "eos", "eot", "eom"])
+@pytest.mark.parametrize("name", ["bos", "eos", "eot", "eom", "padding"])
 def test_an_id_beyond_the_vocabulary(name, tmp_path, capsys):
     "llama.cpp warns and takes its default; we warn and take it as missing."
     checkpoint, tokenizer = open_with_tokenizer(bard_folder())
