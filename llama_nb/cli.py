@@ -11,8 +11,8 @@ from .benchmark import cpu_name, measure_speed, open_llama_cpp, read_bandwidth
 from .benchmark import write_random_gguf
 from .checkpoint import SIZES, CheckpointError
 from .files import cache_folder, quiet_start
-from .gguf import write_gguf
-from .hub import find_model
+from .gguf import GGUF_DTYPES, write_gguf
+from .hub import find_model, with_lora
 from .huggingface import write_hf
 from .library import BYTES, cached_models, describe, load, remove_cached, unread_bytes
 from .meta import synth, write_meta
@@ -83,6 +83,8 @@ def sampling_options() -> Parser:
     add("--stop", type=some_text, action="append", default=[], metavar="TEXT",
         help="end before this text; may be repeated")
     add("-t", "--threads", type=whole(1), help=THREADS)
+    add("--lora", metavar="ADAPTER",
+        help="add this adapter to the model: a folder of peft's, or owner/name on the Hub")
     add("--ray", metavar="ADDRESS",
         help="spread the blocks of a converted model over this Ray cluster; auto finds one here")
     return options
@@ -123,10 +125,12 @@ def add_writers(commands) -> None:
                          help="the form (default: %(default)s)")
     convert.add_argument(
         "--dtype",
-        choices=["int8", "int4"],
-        help=("of the matrices, with --to litert (default: int8); the other forms keep the"
-              " source's own"),
+        choices=[*DTYPES, *GGUF_DTYPES],
+        help=("of the matrices: int8 (the default) or int4 with --to litert, f16, q8_0 or q4_0 with"
+              " --to gguf; otherwise the source's own is kept"),
     )
+    convert.add_argument("--lora", metavar="ADAPTER",
+                         help="add this adapter first: a folder of peft's, or owner/name")
     convert.add_argument("--json", action="store_true", help="print one JSON object")
     train = commands.add_parser("train", help="train a small model on texts of your own")
     train.add_argument("corpus", help="a text file, or a folder of them")
@@ -210,7 +214,7 @@ def load_for(arguments):
     with quiet_start():
         llm = load(arguments.model, arguments.dtype, arguments.context_length, arguments.threads,
                    progress=sys.stderr.isatty(), **places_of(arguments), ray=arguments.ray,
-                   sequences=1)
+                   sequences=1, lora=arguments.lora)
         llm.tokenizer.encode("")
     return llm
 
@@ -411,10 +415,14 @@ def run_synth(arguments) -> None:
     print(json.dumps(about) if arguments.json else line, flush=True)
 
 # %% ../nbs/30_cli.ipynb #a61c0d40
-def write_form(form: str, source: Path, target, progress: bool = False) -> None:
-    """Writes a checkpoint as Meta, Hugging Face (`hf`) or llama.cpp (`gguf`) would, with its
-    tokenizer, in its own dtype."""
-    WRITERS[form](target, *open_with_tokenizer(source), progress)
+def write_form(form: str, source: Path, target, progress: bool = False,
+               dtype: str | None = None, lora: Path | None = None) -> None:
+    """Writes a checkpoint, with an adapter if one is given, as Meta, Hugging Face (`hf`) or
+    llama.cpp (`gguf`) would, with its tokenizer, in its own dtype; as GGUF also in another."""
+    checkpoint, tokenizer = open_with_tokenizer(source)
+    if lora: checkpoint = with_lora(checkpoint, lora)
+    options = {"dtype": dtype} if dtype else {}
+    WRITERS[form](target, checkpoint, tokenizer, progress, **options)
 
 def as_meta(target, checkpoint, tokenizer, progress):
     files, dtype = tokenizer_files(tokenizer), checkpoint["tok_embeddings.weight"].dtype.name
@@ -425,8 +433,8 @@ def as_hf(target, checkpoint, tokenizer, progress):
     write_hf(target, checkpoint, tokenizer_files(tokenizer), progress)
 
 
-def as_gguf(target, checkpoint, tokenizer, progress):
-    write_gguf(target, checkpoint, gguf_vocabulary(tokenizer), progress)
+def as_gguf(target, checkpoint, tokenizer, progress, dtype=None):
+    write_gguf(target, checkpoint, gguf_vocabulary(tokenizer), progress, dtype)
 
 
 WRITERS = {"meta": as_meta, "hf": as_hf, "gguf": as_gguf}
@@ -436,15 +444,17 @@ def run_convert(arguments) -> None:
     "Writes a model in another form."
     progress = sys.stderr.isatty()
     source = find_model(arguments.source, progress)
+    lora = arguments.lora and find_model(arguments.lora, progress)
+    wanted = arguments.dtype and ("litert" if arguments.dtype in DTYPES else "gguf")
+    if wanted not in (None, arguments.to):
+        raise UsageError(
+            f"--dtype {arguments.dtype} goes with --to {wanted}, found --to {arguments.to}")
     if arguments.to in WRITERS:
-        if arguments.dtype:
-            raise UsageError(
-                f"--dtype {arguments.dtype} goes with --to litert, found --to {arguments.to}")
-        write_form(arguments.to, source, arguments.folder, progress)
+        write_form(arguments.to, source, arguments.folder, progress, arguments.dtype, lora)
     else:
         with quiet_start():
             from llama_nb.conversion import convert
-            convert(source, arguments.folder, arguments.dtype or "int8", progress=progress)
+            convert(source, arguments.folder, arguments.dtype or "int8", progress, lora)
     about = describe(arguments.folder)
     form = about["dtype"] if arguments.to == "litert" else ", ".join(about["tensors"])
     line = f"{arguments.folder}: {about['parameters']:,} parameters as {form}"

@@ -121,6 +121,23 @@ def sample_quantized(folder):
     writer.write_header_to_file(), writer.write_kv_data_to_file(), writer.write_tensors_to_file(), writer.close()
 
 
+def sample_parts(folder):
+    "A GGUF model in two parts, the metadata in the first."
+    import gguf
+    from llama_nb.gguf import add_fields, gguf_fields, gguf_tensors
+    from llama_nb.vocabularies import gguf_vocabulary, load_tokenizer
+    sample_model(folder)
+    checkpoint, vocabulary = sample_checkpoint(), gguf_vocabulary(load_tokenizer(folder))
+    (folder / "tokenizer.model").unlink()
+    tensors = list(gguf_tensors(checkpoint).items())
+    for part in range(2):
+        writer = gguf.GGUFWriter(folder / f"model-0000{part + 1}-of-00002.gguf", "llama")
+        if part == 0: add_fields(writer, gguf_fields(checkpoint.config) | vocabulary)
+        writer.add_uint16("split.no", part), writer.add_uint16("split.count", 2), writer.add_int32("split.tensors.count", len(tensors))
+        for name, tensor in tensors[part::2]: writer.add_tensor(name, tensor.read())
+        writer.write_header_to_file(), writer.write_kv_data_to_file(), writer.write_tensors_to_file(), writer.close()
+
+
 def sample_hf(folder):
     from llama_nb.huggingface import read_safetensors, write_hf, write_safetensors
     write_hf(folder / "whole", sample_checkpoint())
@@ -144,14 +161,28 @@ def sample_bin(folder):
     sample_spaces(folder)
 
 
-SAMPLES = {"pth": sample_pth, "npy": sample_npy, "gguf": sample_gguf, "quantized": sample_quantized, "safetensors": sample_hf, "bin": sample_bin, "tokenizer.model": sample_model, "tiktoken": sample_ranks, "tokenizer.json": sample_json}
+def sample_adapter(folder):
+    "An adapter in peft's form, for the sample's matrices."
+    from llama_nb.checkpoint import LazyTensor
+    from llama_nb.huggingface import write_safetensors
+    draw, shapes = np.random.default_rng(0), {"self_attn.q_proj": (8, 8), "self_attn.k_proj": (4, 8), "mlp.down_proj": (8, 32)}
+    values = {f"base_model.model.model.layers.0.{name}.lora_{half}.weight": draw.standard_normal((2, size) if half == "A" else (out, 2)).astype(np.float32) for name, (out, size) in shapes.items() for half in "AB"}
+    write_safetensors(folder / "adapter_model.safetensors", {name: LazyTensor(each.shape, each.dtype, "float32", lambda each=each: each) for name, each in values.items()})
+    (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 2, "lora_alpha": 4, "bias": "none", "use_rslora": False, "rank_pattern": {}, "alpha_pattern": {"k_proj": 8}}))
+
+
+SAMPLES = {"pth": sample_pth, "npy": sample_npy, "gguf": sample_gguf, "quantized": sample_quantized, "parts": sample_parts, "safetensors": sample_hf, "bin": sample_bin, "tokenizer.model": sample_model, "tiktoken": sample_ranks, "tokenizer.json": sample_json, "adapter": sample_adapter}
 
 
 def open_sample(folder):
     "Everything in it: each tensor read, a text encoded and decoded."
-    from llama_nb.hub import open_checkpoint
+    from llama_nb.hub import open_checkpoint, with_lora
     from llama_nb.tokenizer import HandMadeBPE
     from llama_nb.vocabularies import SentencePieceTokenizer, import_tensorflow_text, load_tokenizer
+    if (folder / "adapter_config.json").exists():
+        adapted = with_lora(sample_checkpoint(), folder)
+        for name in adapted: adapted.read(name)
+        return
     if not all(path.name.startswith("tokenizer") for path in folder.iterdir()):
         checkpoint = open_checkpoint(folder)
         for name in checkpoint: checkpoint.read(name)

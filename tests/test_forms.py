@@ -292,7 +292,7 @@ def test_nothing_half_written_stays(form, tmp_path, monkeypatch):
 def test_tables_of_scaled_positions_are_checked(table, words, arrays, tmp_path, monkeypatch):
     source = Checkpoint("source", CONFIG, {name: LazyTensor(values.shape, values.dtype, "float32", lambda values=values: values) for name, values in arrays.items()})
     table, tensors = table.astype(np.float32), gguf_tensors(source)
-    monkeypatch.setattr("llama_nb.gguf.gguf_tensors", lambda checkpoint: tensors | {"rope_freqs.weight": LazyTensor(table.shape, table.dtype, "F32", lambda: table)})
+    monkeypatch.setattr("llama_nb.gguf.gguf_tensors", lambda checkpoint, dtype: tensors | {"rope_freqs.weight": LazyTensor(table.shape, table.dtype, "F32", lambda: table)})
     if words is None: assert written("gguf", tmp_path / "a", source).config == CONFIG
     else: assert words in complaint(written, "gguf", tmp_path / "a", source)
 

@@ -209,7 +209,7 @@ def test_merged_equals_adapted(tokenizer, tmp_path, parts):
     compile_for_training(model, 5, peak=1e-2).fit(batches(encode_texts(tokenizer, [VERSE]), 16, 4), steps_per_epoch=5, verbose=0, shuffle=False)
     adapted = ops.convert_to_numpy(model(ids))
     assert np.abs(adapted - plain).max() > 1e-3 and all((a == b).all() for a, b in zip(before, numbers(model.non_trainable_variables)))
-    save_lora(tmp_path / "adapters.npz", model)
+    save_lora(tmp_path / "adapters", model)
     merged = merge_lora(model)
     assert (ops.convert_to_numpy(merged(ids)) == adapted).all()
     write_meta(tmp_path / "merged", TINY, lambda name: read_weight(merged, name), dtype="float32")
@@ -224,21 +224,20 @@ def test_adapters_are_kept_in_a_small_file(tmp_path, dtype, parts):
     one, two = (build_model(TINY, dtype, keras.initializers.RandomNormal(stddev=0.05, seed=1)) for _ in range(2))
     for variable in adapter_variables(add_lora(one, 2, parts)):
         variable.assign(np.random.default_rng(0).normal(size=variable.shape))
-    save_lora(tmp_path / "adapters.npz", one)
+    save_lora(tmp_path / "adapters", one)
     ids = np.arange(16)[None]
-    assert (ops.convert_to_numpy(load_lora(tmp_path / "adapters.npz", two)(ids)) == ops.convert_to_numpy(one(ids))).all()
-    assert {variable.dtype for variable in adapter_variables(two)} == {"float32"} and (tmp_path / "adapters.npz").stat().st_size < 20_000
+    assert (ops.convert_to_numpy(load_lora(tmp_path / "adapters", two)(ids)) == ops.convert_to_numpy(one(ids))).all()
+    assert {variable.dtype for variable in adapter_variables(two)} == {"float32"} and (tmp_path / "adapters" / "adapter_model.safetensors").stat().st_size < 20_000
 
 
 def test_adapters_of_another_model_are_refused(tmp_path):
-    save_lora(tmp_path / "adapters.npz", add_lora(build_model(TINY), rank=2))
+    save_lora(tmp_path / "adapters", add_lora(build_model(TINY), rank=2))
     other = build_model(dataclasses.replace(TINY, n_kv_heads=4))
-    with pytest.raises(CheckpointError, match="adapters.npz: these adapters are for another model"):
-        load_lora(tmp_path / "adapters.npz", other)
+    with pytest.raises(CheckpointError, match="adapters: model.layers.0.self_attn.v_proj should adapt a matrix of .*: another model's?"):
+        load_lora(tmp_path / "adapters", other)
     assert all(variable.trainable for variable in other.weights)
-    save_state(tmp_path / "state.npz", other.weights, dict(settings={}, log={}))
-    with pytest.raises(CheckpointError, match="state.npz: should hold adapters, their rank and parts, found settings, log"):
-        load_lora(tmp_path / "state.npz", other)
+    write_meta(tmp_path / "model", TINY, lambda name: read_weight(build_model(TINY), name))
+    with pytest.raises(CheckpointError, match="adapter_config.json: no such file"): load_lora(tmp_path / "model", other)
 
 
 def test_adapters_on_parts_that_there_are(tmp_path):
@@ -246,7 +245,7 @@ def test_adapters_on_parts_that_there_are(tmp_path):
     with pytest.raises(CheckpointError, match="parts should be among attention.wq, .*, found attention.q"):
         add_lora(model, 2, ["attention.wv", "attention.q"])
     assert all(variable.trainable for variable in model.weights)
-    for use in (merge_lora, lambda model: save_lora(tmp_path / "adapters.npz", model)):
+    for use in (merge_lora, lambda model: save_lora(tmp_path / "adapters", model)):
         with pytest.raises(CheckpointError, match="should have adapters, found none"):
             use(model)
     assert not list(tmp_path.iterdir())
