@@ -426,7 +426,8 @@ def as_hf(target, checkpoint, tokenizer, progress):
 
 
 def as_gguf(target, checkpoint, tokenizer, progress):
-    write_gguf(target, checkpoint, gguf_vocabulary(tokenizer), progress)
+    vocabulary = gguf_vocabulary(tokenizer, checkpoint.config.vocab_size)
+    write_gguf(target, checkpoint, vocabulary, progress)
 
 
 WRITERS = {"meta": as_meta, "hf": as_hf, "gguf": as_gguf}

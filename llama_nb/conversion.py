@@ -21,13 +21,12 @@ from .engine import block_tensors, cache_bytes, control_groups, fitted_program, 
 from .engine import padded_hidden, program_shapes
 from .files import FileCheckpoint, cache_folder, check_file, reading, sha256, written_whole
 from .generation import Decoder, Stream, check_length
-from .gguf import add_fields
 from .positions import RopeScaling, check_config
 from .quantization import BLOCK, DTYPES, Quantized, pack_int4, quantize_tensor
 from .quantization import unpack_int4
 from .sampling import GenerationError, check_number
 from .tokenizer import Tokenizer
-from .vocabularies import gguf_vocabulary, open_with_tokenizer
+from .vocabularies import open_with_tokenizer, tokenizer_files
 
 # %% ../nbs/21_conversion.ipynb #a28fac11
 def place_weight(tensor, graph, buffer_of: Callable, name: str, weight) -> None:
@@ -310,12 +309,12 @@ def check_disk(folder: Path, needed: int) -> None:
             f"{folder}: {needed / 1e9:.2f} GB of disk are needed, {free / 1e9:.2f} GB are free")
 
 # %% ../nbs/21_conversion.ipynb #d345cb9b
-def write_tokenizer(tokenizer: Tokenizer, path: Path) -> None:
-    "A GGUF file without tensors, of a tokenizer."
-    import gguf
-    with written_whole(path) as part, contextlib.closing(gguf.GGUFWriter(part, "llama")) as writer:
-        add_fields(writer, gguf_vocabulary(tokenizer))
-        writer.write_header_to_file(), writer.write_kv_data_to_file()
+def write_tokenizer(tokenizer: Tokenizer, folder: Path) -> list[str]:
+    "Writes the files from which `load_tokenizer` makes the same again; returns their names."
+    files = tokenizer_files(tokenizer)
+    for name, content in files.items():
+        with written_whole(folder / name) as part: part.write_bytes(content)
+    return list(files)
 
 # %% ../nbs/21_conversion.ipynb #262c18a9
 def source_states(path: Path) -> dict[str, list[int]]:
@@ -354,7 +353,7 @@ def check_blocks(path: Path, config: LlamaConfig, dtype: str) -> None:
         )
 
 # %% ../nbs/21_conversion.ipynb #3adfc197
-FORMAT = 3
+FORMAT = 4
 
 # %% ../nbs/21_conversion.ipynb #2c2221cb
 def states(paths: Iterable[Path]) -> dict[str, list[int]]:
@@ -419,9 +418,9 @@ def convert(source, folder, dtype: str = "int8", progress: bool = False) -> Path
                 with reading(folder / name), written_whole(folder / name) as part: write(part)
             bar.update(sizes[name])
         bar.close()
-        write_tokenizer(tokenizer, folder / "tokenizer.gguf")
+        names = [*write_tokenizer(tokenizer, folder), *sizes]
         files = {name: dict(bytes=(folder / name).stat().st_size, sha256=sha256(folder / name))
-                 for name in ("tokenizer.gguf", *sizes)}
+                 for name in names}
         content = job | dict(files=files, rounding=rounding(checkpoint.read, config, folder, dtype))
         with written_whole(folder / "manifest.json") as part:
             part.write_text(to_json(content | dict(digest=digest(content))))

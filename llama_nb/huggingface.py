@@ -222,15 +222,13 @@ ROTARY_TABLE = r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq"
 # %% ../nbs/13_huggingface.ipynb #mv199578
 def open_hf(folder: Path, vocab_size: int | None = None) -> Checkpoint:
     """The checkpoint in a Hugging Face folder: `config.json` and safetensors or pickles, in one
-    file or many. Raises CheckpointError."""
+    file or many. The tokenizer's `vocab_size` may be another than the embedding's. Raises
+    CheckpointError."""
     found = read_json(folder / "config.json")
     tensors = {name: tensor for name, tensor in hf_tensors(folder).items()
                if not re.fullmatch(ROTARY_TABLE, name)}
     with reading(folder / "config.json", "the configuration cannot be used"):
         config = check_family(found, tensors)
-        if vocab_size is not None and vocab_size > config.vocab_size:
-            raise CheckpointError(f"vocab_size should be at least the tokenizer's {vocab_size}, "
-                                  f"found {config.vocab_size}")
     ours = renamed(tensors, their_names(config, HF_NAMES, "model.layers"))
     return FileCheckpoint(folder, config, {name: reordered(name, tensor, config, halves_to_adjacent)
                                        for name, tensor in ours.items()})

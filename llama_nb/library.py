@@ -14,7 +14,7 @@ from .hub import PRESETS, find_model
 from .positions import family
 from .quantization import BLOCK, DTYPES
 from .sampling import GenerationError, check_number
-from .vocabularies import check_vocabulary, load_tokenizer, open_with_tokenizer
+from .vocabularies import load_tokenizer, open_with_tokenizer
 
 # %% ../nbs/29_library.ipynb #0304f564
 def is_converted(path: Path) -> bool:
@@ -39,7 +39,6 @@ def open_model(name, context_length: int | None = None, progress: bool = False):
         from llama_nb.conversion import open_converted
 
         checkpoint, tokenizer = open_converted(path), load_tokenizer(path)
-        check_vocabulary(path, tokenizer, checkpoint.config.vocab_size)
     else:
         checkpoint, tokenizer = open_with_tokenizer(path)
     return path, tokenizer, checkpoint, with_context(checkpoint.config, context_length)
@@ -78,6 +77,14 @@ def memory_table(checkpoint, config: LlamaConfig) -> list[dict]:
             for dtype, weights, cache in rows]
 
 # %% ../nbs/29_library.ipynb #9bca04a9
+def unequal_vocabulary(tokens: int, rows: int) -> str | None:
+    "What it means that a tokenizer knows more or fewer tokens than the embedding has rows."
+    if tokens == rows: return None
+    found = f"{tokens:,} tokens, {rows:,} rows in the embedding"
+    if tokens < rows: return f"{found}; the rows beyond are padding and never chosen"
+    return f"{found}; a prompt with an id beyond them is refused"
+
+# %% ../nbs/29_library.ipynb #ca28d80d
 def describe(
     name, dtype: str | None = None, context_length: int | None = None, progress: bool = False
 ) -> dict:
@@ -94,6 +101,7 @@ def describe(
     return dict(path=str(path), family=family(config), **dataclasses.asdict(config),
                 parameters=config.n_parameters, tensors=dict(stored),
                 tokenizer=type(tokenizer).__name__,
+                vocabulary=unequal_vocabulary(tokenizer.vocab_size, config.vocab_size),
                 rounding=form.manifest.get("rounding") if form else None, **chosen, memory=table)
 
 # %% ../nbs/29_library.ipynb #mv57f3c1
