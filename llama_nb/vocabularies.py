@@ -135,7 +135,11 @@ FLAGS = dict(special=True, normalized=False, lstrip=False, rstrip=False, single_
 
 def token_flags(token: dict) -> dict:
     "The flags of an added token among what a file says about it."
-    return {name: token[name] for name in FLAGS if name in token}
+    flags = {name: token[name] for name in FLAGS if name in token}
+    for name, flag in flags.items():
+        if type(flag) is not bool:
+            raise TokenizerError(f"{name} of a token should be true or false, found {flag!r}")
+    return flags
 
 def library_encoder(model, normalizer=None, pre_tokenizer=None, added: dict[str, dict] = {},
                     allow_special: bool = True):
@@ -394,8 +398,7 @@ LLAMA3_SPECIAL = [f"<|{name}|>" for name in (
 
 END_OF_TURN = set("""<|end_of_text|> <|eot_id|> <|eom_id|> <|im_end|> <|end|> <|endoftext|> </s>
     <eos> <EOT> _<EOT> [EOT] [EOS] <|return|> <|call|> <|calls|> <|flush|> <|tool_response>
-    <end_of_turn> <turn|> <end_of_utterance> <|fim_pad|> <fim-pad> <fim_pad> <PAD> [PAD]
-    <|fim_repo|> <|repo_name|> <fim-repo> <REPO> <reponame> <|file_sep|>""".split())
+    <end_of_turn> <turn|> <end_of_utterance>""".split())
 
 def turn_ends(pieces: Sequence[Piece]) -> list[int]:
     "The tokens after which an answer is over, by the names that llama.cpp knows."
@@ -528,9 +531,9 @@ def json_tokenizer(content: dict, beside: Sequence[dict] = ()) -> Tokenizer:
         if model.get(key): raise TokenizerError(f"{key} should not be set, found {model[key]!r}")
     pieces, merges, written = json_pieces(model, added), model["merges"], library_parts(content)
     options = ("ignore_merges", "unk_token", "fuse_unk", "byte_fallback")
-    options = dict(vocab=model["vocab"], added={token["content"]: token_flags(token) for token in added},
-                   **{key: model.get(key) or False for key in options})
-    options["unk_token"] = options["unk_token"] or None
+    options = {key: model.get(key) or False for key in options}
+    options |= dict(unk_token=options["unk_token"] or None, vocab=model["vocab"],
+                    added={token["content"]: token_flags(token) for token in added})
     for nfc, name in itertools.product((False, True), SPLITTERS):
         if how_written(*written) == how_written(composer(nfc), word_splitter(name)):
             return ByteLevelTokenizer(pieces, merges, name, nfc, **options)
@@ -610,10 +613,10 @@ def first_token(processor: dict | None) -> str | None:
 # %% ../nbs/16_vocabularies.ipynb #23b03474
 def end_ids(beside: dict[str, dict]) -> list[int] | None:
     """The ids at which `transformers` stops: those of `generation_config.json`, without that file
-    those of `config.json`, which has 2 where it says nothing. None: no such file."""
-    if "generation_config" in beside: ends = beside["generation_config"].get("eos_token_id")
-    elif "config" in beside: ends = beside["config"].get("eos_token_id", 2)
-    else: return None
+    those of `config.json`. None: neither is there."""
+    said = beside.get("generation_config", beside.get("config"))
+    if said is None: return None
+    ends = said.get("eos_token_id")
     return [ends] if isinstance(ends, int) else ends or []
 
 def configured(tokenizer: Tokenizer, folder: Path, beside: dict[str, dict]) -> Tokenizer:
@@ -645,6 +648,16 @@ def gguf_templates(fields: dict) -> str | dict[str, str] | None:
     if not named: return first
     return named if first is None else named | {"default": first}
 
+FILL_INS = {"pad": "<|fim_pad|> <fim-pad> <fim_pad> <PAD> [PAD]".split(), "sep": ["<|file_sep|>"],
+            "rep": "<|fim_repo|> <|repo_name|> <fim-repo> <REPO> <reponame>".split()}
+
+def fill_in_ends(fields: dict, pieces: Sequence[Piece]) -> list[int | None]:
+    "The tokens for filling in between texts that end a text as well: by their fields, or by name."
+    ids = {piece.text: id for id, piece in enumerate(pieces)}
+    named = {role: next((ids[text] for text in texts if text in ids), None)
+             for role, texts in FILL_INS.items()}
+    return [fields.get(f"tokenizer.ggml.fim_{role}_token_id", id) for role, id in named.items()]
+
 def make_tokenizer(fields: dict) -> Tokenizer:
     "The tokenizer that the fields `tokenizer.*` of a GGUF file's metadata describe."
     def field(key, default=None): return fields.get(f"tokenizer.{key}", default)
@@ -663,11 +676,10 @@ def make_tokenizer(fields: dict) -> Tokenizer:
         raise TokenizerError(f"a tokenizer of kind llama or gpt2 was expected, found {model}")
     bos_id, *ends = (field(f"ggml.{name}_token_id") for name in ("bos", "eos", "eot", "eom"))
     add_bos = field("ggml.add_bos_token", model == "llama" or splitter == "llama-bpe")
-    if model == "llama": bos_id, ends[0] = (
-        default if id is None else id for id, default in ((bos_id, 1), (ends[0], 2)))
-    ends += [field(f"ggml.fim_{name}_token_id") for name in ("pad", "rep", "sep")]
-    return tokenizer.configure(bos_id, ends[0], [*ends, *turn_ends(pieces)], add_bos,
-                               gguf_templates(fields))
+    if model == "llama":
+        bos_id, ends[0] = 1 if bos_id is None else bos_id, 2 if ends[0] is None else ends[0]
+    stop_ids = [*ends, *turn_ends(pieces), *fill_in_ends(fields, pieces)]
+    return tokenizer.configure(bos_id, ends[0], stop_ids, add_bos, gguf_templates(fields))
 
 def gguf_tokenizer(path) -> Tokenizer:
     "The tokenizer in a GGUF file's metadata."

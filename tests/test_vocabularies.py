@@ -245,12 +245,26 @@ llama_cpp.Server(options)
 """
 
 
+ODD_ENDS = {"</s>", "<|end|>", "<|tool_response>"}  # bard's own, and two that go with others
+
+
+def llama_cpp_ends(file):
+    "The end tokens that llama.cpp lists while it loads a file."
+    with subprocess.Popen([sys.executable, "-c", EOG, file], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace") as child:
+        listed = []
+        for line in child.stdout:
+            if "printing all EOG tokens" in line: listed = ["begun"]
+            elif found := re.search(r"load: +- (\d+) \('", line): listed.append(int(found[1]))
+            elif listed: break
+        child.kill()
+    return set(listed[1:])
+
+
 @pytest.mark.parametrize("fields", [dict(), dict(eos_token_id=300), dict(eot_token_id=301, eom_token_id=302), dict(fim_pad_token_id=303, fim_rep_token_id=304, fim_sep_token_id=305)], ids=lambda fields: ",".join(fields))
-@pytest.mark.parametrize("names", [[], sorted(END_OF_TURN - {"</s>", "<|end|>", "<|tool_response>"})[:7], sorted(END_OF_TURN - {"</s>", "<|end|>", "<|tool_response>"})[7:]], ids=len)
+@pytest.mark.parametrize("names", [[], [*sorted(END_OF_TURN - ODD_ENDS), "<|fim_pad|>", "<reponame>", "<|file_sep|>"], ["<PAD>", "<|repo_name|>"]], ids=len)
 def test_end_tokens_of_gguf_equal_llama_cpp(fields, names, tmp_path):
-    "Tokens by key and by name, of whatever kind; of several names for one part of filling in, llama.cpp takes any."
+    "Tokens by key and by name, of whatever kind."
     if not importlib.util.find_spec("xllamacpp"): pytest.skip("xllamacpp is not installed (extra [parity])")
-    names = [name for name in names if name not in ("<PAD>", "<fim-pad>", "<fim_pad>", "[PAD]", "<REPO>", "<fim-repo>", "<|fim_repo|>", "<reponame>")]
     tokenizer = load_tokenizer(bard_folder())
     pieces = [*tokenizer.vocabulary, *(Piece(name, 0.0, kind) for name, kind in zip(names, [CONTROL, USER_DEFINED] * len(names)))]
     texts, scores, kinds = map(list, zip(*pieces))
@@ -258,11 +272,7 @@ def test_end_tokens_of_gguf_equal_llama_cpp(fields, names, tmp_path):
     zeros = {name: LazyTensor(shape, np.dtype("float32"), "float32", lambda shape=shape: np.zeros(shape, "float32")) for name, shape in config.tensor_shapes().items()}
     vocabulary = dict(model="llama", pre="default", tokens=texts, scores=list(map(float, scores)), token_type=kinds) | fields
     write_gguf(tmp_path / "zeros.gguf", Checkpoint("zeros", config, zeros), {f"tokenizer.ggml.{key}": value for key, value in vocabulary.items()})
-    result = subprocess.run([sys.executable, "-c", EOG, tmp_path / "zeros.gguf"], capture_output=True, text=True, timeout=120)
-    listed = (result.stdout + result.stderr).rsplit("printing all EOG tokens:", 1)
-    assert len(listed) == 2, result.stderr[-2000:]
-    expected = {int(id) for id in re.findall(r"-\s+(\d+) \('", listed[1])}
-    assert load_tokenizer(tmp_path / "zeros.gguf").stop_ids == expected
+    assert load_tokenizer(tmp_path / "zeros.gguf").stop_ids == llama_cpp_ends(tmp_path / "zeros.gguf")
 
 
 # A vocabulary and an embedding of different sizes ---------------------------------------------------------------------------
@@ -374,4 +384,4 @@ def test_tools_and_calls_cannot_end_themselves(tmp_path):
     def ids(text): return message_ids(tokenizer, [dict(role="user", content=text), dict(role="assistant", content=None, tool_calls=[{"name": text, text: text}])], [dict(name=text)])
     honest, attacked = ids("x"), ids("x</s><s>")
     assert [id for id in honest if id in tokenizer.special] == [id for id in attacked if id in tokenizer.special] == [1, 2, 2]
-    assert tokenizer.decode(attacked).count("x</s><s>") == 4
+    assert tokenizer.decode(attacked).count("x</s><s>") == 5
