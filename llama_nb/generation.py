@@ -126,6 +126,7 @@ class Stream:
         self.prompt_ids, self.new_ids, self.finish_reason = prompt_ids, [], None
         self.prefill_seconds, self.decode_seconds, self.decode_steps = 0.0, 0.0, 0
         self.advance, self.choose = advance, sampler.chooser()
+        self.vocab_size = tokenizer.vocab_size  # logits beyond it are padding
         room = context_length - len(prompt_ids)
         self.limit = room if max_new_tokens is None else min(room, max_new_tokens)
         self.limit_reason = "length" if self.limit == max_new_tokens else "context"
@@ -138,7 +139,7 @@ class Stream:
     def next_id(self) -> int:
         "Chooses the next id, and takes the time."
         begin, ids = time.perf_counter(), self.prompt_ids + self.new_ids
-        id = self.choose(self.advance(ids), ids)
+        id = self.choose(self.advance(ids)[:self.vocab_size], ids)
         elapsed = time.perf_counter() - begin
         if self.new_ids:
             self.decode_seconds += elapsed
@@ -187,6 +188,15 @@ def check_stop(stop: str | Sequence[str]) -> list[str]:
         raise GenerationError(f"stop should be {wanted}, found {stop!r}")
     return strings
 
+def check_rows(ids: Sequence[int], tokenizer: Tokenizer, rows: int) -> Sequence[int]:
+    "The ids, if each has one of the embedding's `rows`; a tokenizer may know more tokens."
+    for id in ids:
+        if id >= rows:
+            found = f"{tokenizer.pieces[id]!r} with id {id}"
+            raise GenerationError(f"tokens should have ids in 0..{rows - 1}, found {found}; the"
+                                  " tokenizer has more tokens than the model")
+    return ids
+
 # %% ../nbs/09_generation.ipynb #2edddb21
 class Llama:
     "A model with its tokenizer: text in, text out. `llama_nb.load` makes one."
@@ -207,6 +217,7 @@ class Llama:
                          "a whole number, 1 or more")
         sampler, stop, room = Sampler(**sampling), check_stop(stop), self.config.context_length
         ids = check_prompt(prompt, self.tokenizer, room)
+        check_rows(ids, self.tokenizer, self.config.vocab_size)
         return Stream(
             self.decoder.advance, self.tokenizer, room, ids, max_new_tokens, sampler, stop)
 
@@ -228,4 +239,5 @@ class Llama:
         "The logits (tokens, vocab), float32, at every position, from the pass without a cache."
         ids = self.tokenizer.check_ids(ids)
         check_length(ids, self.config.context_length)
+        check_rows(ids, self.tokenizer, self.config.vocab_size)
         return np.asarray(self.model(np.array([ids], "int32")))[0]

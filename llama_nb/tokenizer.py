@@ -178,32 +178,42 @@ class Tokenizer(Vocabulary):
     ends a continuation. A subclass has `vocabulary`, its pieces in full, and `encode_plain`."""
     vocabulary: list[Piece]
 
-    def configure(self, bos_id: int | None, eos_id: int | None, stop_ids: Iterable[int] = (),
-                  add_bos: bool = True, chat_template: str | None = None) -> "Tokenizer":
-        "What a checkpoint says beside the vocabulary; `chat_template` lays out a conversation."
-        named, stop_ids = {bos_id, eos_id} - {None}, {eos_id, *stop_ids} - {None}
-        self.check_ids(named | stop_ids)
-        self.bos_id, self.eos_id, self.stop_ids = bos_id, eos_id, frozenset(stop_ids)
+    def configure(self, bos_id: int | None, eos_id: int | None,
+                  stop_ids: Iterable[int] | None = None, add_bos: bool = True,
+                  chat_template: str | dict[str, str] | None = None) -> "Tokenizer":
+        """What a checkpoint says beside the vocabulary. `stop_ids`: None for `eos_id` alone;
+        `chat_template` lays out a conversation: one template, or several by their names."""
+        named = {bos_id, eos_id} - {None}
+        ends = {*([eos_id] if stop_ids is None else stop_ids)} - {None}
+        self.check_ids(named | ends)
+        self.bos_id, self.eos_id, self.stop_ids = bos_id, eos_id, frozenset(ends)
         self.special, self.chat_template = self.special | named, chat_template
         self.add_bos = bool(add_bos) and bos_id is not None
         return self
 
-    def encode_plain(self, text: str, first: bool = True) -> list[int]:
-        "The ids of a text without special tokens; `first`: whether it begins the whole text."
+    def split(self, text: str, allow_special: bool = False) -> list[str | int]:
+        "A text cut at its special tokens, which become ids, if `allow_special`."
+        special = self.special_ids if allow_special else {}
+        return [special.get(part, part) for part in split_at(special, text)]
+
+    def encode_plain(self, text: str, after: int | None = None) -> list[int]:
+        "The ids of a text without special tokens; `after`: the special token in front of it."
         raise NotImplementedError
 
     def encode_parts(self, parts: Iterable[str | int]) -> list[int]:
         "The ids of plain texts and special tokens (given as ids), one after the other."
-        ids = []
-        for index, part in enumerate(parts):
-            ids += [part] if isinstance(part, int) else self.encode_plain(part, index == 0)
+        parts, ids = list(parts), []
+        for before, part in zip([None, *parts], parts):
+            ids += [part] if isinstance(part, int) else self.encode_plain(part, before)
         return ids
+
+    def encode_whole(self, text: str, allow_special: bool) -> list[int]:
+        "The ids of a whole text; special tokens in it are plain text unless `allow_special`."
+        return self.encode_parts(self.split(text, allow_special))
 
     def encode(self, text: str, add_bos: bool = True, allow_special: bool = False) -> list[int]:
         """The ids of a text, after `bos_id` if `add_bos` and the model was trained with it.
         Special tokens in it are plain text unless `allow_special`; `bos_id` is not doubled."""
-        special = self.special_ids if allow_special else {}
-        parts = split_at(special, check_text(text))
-        ids = self.encode_parts(special.get(part, part) for part in parts)
+        ids = self.encode_whole(check_text(text), allow_special)
         begin = [self.bos_id] if add_bos and self.add_bos else []
-        return ids if special and begin == ids[:1] else begin + ids
+        return ids if allow_special and begin == ids[:1] else begin + ids

@@ -75,6 +75,29 @@ def sample_ranks(folder):
     (folder / "tokenizer.model").write_bytes(b"".join(base64.b64encode(token) + b" %d\n" % rank for rank, token in enumerate(tokens)))
 
 
+def sample_added(folder):
+    "SentencePiece's kind with added tokens in each of the files beside it."
+    flags = dict(lstrip=True, rstrip=False, normalized=False, single_word=False, special=True)
+    sample_model(folder)
+    for name, content in {"added_tokens": {"<tool>": 270, "bees": 271}, "special_tokens_map": {"bos_token": flags | {"content": "<s>"}, "additional_special_tokens": ["<tool>"]},
+                          "tokenizer_config": {"tokenizer_class": "LlamaTokenizer", "legacy": False, "eos_token": "</s>", "chat_template": [{"name": "default", "template": "x"}, {"name": "tool_use", "template": "y"}]},
+                          "config": {"eos_token_id": [2, 270]}}.items():
+        (folder / f"{name}.json").write_text(json.dumps(content))
+
+
+def sample_decoder(folder):
+    "The same, the tokens with their flags in `tokenizer_config.json`, beside a `tokenizer.json` as transformers 5 saves it."
+    sample_spaces(folder)
+    content = json.loads((folder / "tokenizer.json").read_text())
+    content["model"]["unk_token"], content["normalizer"] = None, {"type": "NFC"}
+    content["pre_tokenizer"] = {"type": "Metaspace", "replacement": "\u2581", "prepend_scheme": "first", "split": False}
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    count, flags = len(content["model"]["vocab"]), dict(lstrip=False, rstrip=True, normalized=True, single_word=True, special=False)
+    decoder = {str(count): flags | {"content": "<tool>"}, str(count + 1): flags | {"content": "be", "special": True}}
+    (folder / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": decoder, "bos_token": "<s>", "extra_special_tokens": ["a"]}))
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": 2})), (folder / "chat_template.jinja").write_text("{{ messages }}")
+
+
 def sample_pth(folder):
     from llama_nb.meta import config_to_params, write_pth
     checkpoint, rows = sample_checkpoint(), {"wq", "wk", "wv", "w1", "w3", "output"}
@@ -171,7 +194,7 @@ def sample_adapter(folder):
     (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 2, "lora_alpha": 4, "bias": "none", "use_rslora": False, "rank_pattern": {}, "alpha_pattern": {"k_proj": 8}}))
 
 
-SAMPLES = {"pth": sample_pth, "npy": sample_npy, "gguf": sample_gguf, "quantized": sample_quantized, "parts": sample_parts, "safetensors": sample_hf, "bin": sample_bin, "tokenizer.model": sample_model, "tiktoken": sample_ranks, "tokenizer.json": sample_json, "adapter": sample_adapter}
+SAMPLES = {"pth": sample_pth, "npy": sample_npy, "gguf": sample_gguf, "quantized": sample_quantized, "parts": sample_parts, "safetensors": sample_hf, "bin": sample_bin, "tokenizer.model": sample_model, "tiktoken": sample_ranks, "tokenizer.json": sample_json, "adapter": sample_adapter, "added tokens": sample_added, "decoder": sample_decoder}
 
 
 def open_sample(folder):
@@ -183,7 +206,7 @@ def open_sample(folder):
         adapted = with_lora(sample_checkpoint(), folder)
         for name in adapted: adapted.read(name)
         return
-    if not all(path.name.startswith("tokenizer") for path in folder.iterdir()):
+    if any(path.suffix in (".pth", ".npy", ".gguf", ".safetensors", ".bin") for path in folder.iterdir()):
         checkpoint = open_checkpoint(folder)
         for name in checkpoint: checkpoint.read(name)
     tokenizer = load_tokenizer(folder)
