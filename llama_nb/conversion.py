@@ -700,6 +700,7 @@ class LiteRTLlama(ChatLlama):
                  converted: Converted | None = None):
         self.engine, self.tokenizer, self.config = engine, tokenizer, engine.config
         self.path, self.converted = path, converted
+        self.decoder = Decoder(engine.step, engine.config.context_length, ROWS)
 
     @property
     def dtype(self) -> str: return self.converted.dtype
@@ -711,9 +712,6 @@ class LiteRTLlama(ChatLlama):
         config = dataclasses.replace(
             checkpoint.config, context_length=self.config.context_length)
         return load_weights(build_model(config, "float32", "zeros"), checkpoint)
-
-    @functools.cached_property
-    def decoder(self) -> Decoder: return Decoder(self.engine.step, self.config.context_length, ROWS)
 
     def stream(self, prompt: str | Sequence[int], max_new_tokens: int | None = None,
                stop: str | Sequence[str] = (), prompt_lookup_num_tokens: int = 0,
