@@ -16,7 +16,8 @@ from .files import cache_folder, quiet_start, read_json, written_whole
 from .gguf import write_gguf
 from .hub import find_model
 from .huggingface import write_hf
-from .library import BYTES, cached_models, describe, load, remove_cached, unread_bytes
+from .library import BYTES, cached_models, describe, load, perplexity, remove_cached
+from .library import unread_bytes
 from .meta import synth, write_meta
 from .quantization import DTYPES
 from .sampling import GenerationError, Sampler
@@ -65,12 +66,13 @@ def some_text(text: str) -> str:
     return text
 
 # %% ../nbs/30_cli.ipynb #9252b73a
-def model_options() -> Parser:
-    "Which model, and in what form."
+def model_options(named: bool = True) -> Parser:
+    "Which model, if it is named by an option, and in what form."
     options = Parser(add_help=False)
     add = options.add_argument
-    add("-m", "--model", type=os.path.expanduser, default="smollm2-135m-instruct",
-        help="a preset, a folder, a file, or owner/name on the Hub (default: %(default)s)")
+    if named:
+        add("-m", "--model", type=os.path.expanduser, default="smollm2-135m-instruct",
+            help="a preset, a folder, a file, or owner/name on the Hub (default: %(default)s)")
     add("-c", "--context-length", type=whole(1), metavar="TOKENS",
         help="room for prompt and continuation (default: the model's own, at most 2048)")
     add("--dtype", choices=[*DTYPES, *BYTES],
@@ -154,7 +156,7 @@ def add_writers(commands) -> None:
     convert.add_argument("--json", action="store_true", help="print one JSON object")
     train = commands.add_parser("train", help="train a small model on texts of your own")
     train.add_argument(
-        "corpus", type=os.path.expanduser, help="a text file, or a folder of them")
+        "corpus", type=os.path.expanduser, help="a text file, or a folder of them (*.txt)")
     train.add_argument(
         "folder", type=os.path.expanduser,
         help="where to: a new folder, or that of a training that was interrupted")
@@ -200,6 +202,14 @@ def make_parser() -> argparse.ArgumentParser:
     freed.add_argument("name", type=os.path.expanduser, help="as list shows it, or all")
     freed.add_argument("--json", action="store_true", help="print one JSON object")
     add_writers(commands)
+    measured = commands.add_parser("perplexity", parents=[model_options(named=False)],
+                                   help="measure how well a model predicts a text")
+    measured.add_argument("path", metavar="model", type=os.path.expanduser,
+                          help="a preset, a folder, a file, or owner/name on the Hub")
+    measured.add_argument("text", type=os.path.expanduser, help="a file of text, in UTF-8")
+    measured.add_argument("--stride", type=whole(1), metavar="TOKENS",
+                          help="how far apart the windows begin (default: half the context)")
+    measured.add_argument("-t", "--threads", type=whole(1), help=THREADS)
     bench = commands.add_parser("bench", parents=[model], help="measure a model's speed")
     bench.add_argument("path", nargs="?", type=os.path.expanduser, help="the same as -m")
     bench.add_argument("--vs", choices=["llama.cpp"], help="measure it beside this")
@@ -212,22 +222,26 @@ def read_prompt(arguments) -> str:
     "The prompt of `-p`, else the text of `-f` or standard input without its last line break."
     if arguments.prompt is not None: return arguments.prompt
     if arguments.file is not None:
-        try: return read_text(arguments.file, Path(arguments.file).read_bytes())
-        except OSError as error:
-            raise UsageError(f"{arguments.file}: cannot be read ({error.strerror})") from None
-    return read_text("standard input", sys.stdin.buffer.read() if sys.stdin else b"")
+        text = read_file(arguments.file)
+    else:
+        text = as_text("standard input", sys.stdin.buffer.read() if sys.stdin else b"")
+    if not (text := text.removesuffix("\n")):
+        raise UsageError("the prompt should have at least one token, found none")
+    return text
 
-def read_text(place: str, data: bytes) -> str:
-    """UTF-8 as text, without its last line break; a byte-order mark is left out, and the line
-    breaks of Windows become plain ones."""
-    try:
-        text = data.decode("utf-8").removeprefix("\ufeff")
-        text = text.replace("\r\n", "\n").removesuffix("\n")
+def read_file(path: str) -> str:
+    "The text in a file."
+    try: return as_text(path, Path(path).read_bytes())
+    except OSError as error:
+        raise UsageError(f"{path}: cannot be read ({error.strerror})") from None
+
+def as_text(place: str, data: bytes) -> str:
+    """UTF-8 as text; a byte-order mark is left out, and the line breaks of Windows become plain
+    ones."""
+    try: return data.decode("utf-8").removeprefix("\ufeff").replace("\r\n", "\n")
     except UnicodeDecodeError as error:
         found = f"byte {data[error.start]:#04x} at {error.start}"
         raise UsageError(f"{place} should be UTF-8, found {found}") from None
-    if not text: raise UsageError(f"{place}: the prompt should have at least one token, found none")
-    return text
 
 # %% ../nbs/30_cli.ipynb #b8b7bb08
 def sampling_of(arguments) -> dict:
@@ -594,6 +608,20 @@ def run_train(arguments) -> None:
     )
     print(json.dumps(report) if arguments.json else line, flush=True)
 
+# %% ../nbs/30_cli.ipynb #666fba91
+def run_perplexity(arguments) -> None:
+    "Measures how well a model predicts a text."
+    text = read_file(arguments.text)
+    with quiet_start():
+        llm = load(arguments.path, arguments.dtype, arguments.context_length, arguments.threads)
+        llm.tokenizer.encode("")
+    found = perplexity(llm, text, arguments.stride, progress=sys.stderr.isatty())
+    found |= dict(path=str(llm.path), dtype=llm.dtype)
+    if arguments.json: return print(json.dumps(found), flush=True)
+    print(f"{found['bits_per_byte']:.4f} bits per byte, perplexity {found['perplexity']:.4f}"
+          f" ({found['tokens']:,} tokens, {found['bytes']:,} bytes); {found['dtype']};"
+          f" {found['path']}", flush=True)
+
 # %% ../nbs/30_cli.ipynb #mv7c3c3a
 def run_bench(arguments) -> None:
     "Measures a model's speed, if asked beside llama.cpp."
@@ -637,7 +665,7 @@ def run_bench(arguments) -> None:
 # %% ../nbs/30_cli.ipynb #f134de93
 COMMANDS = {"generate": run_generate, "chat": run_chat, "info": run_info, "list": run_list,
             "rm": run_rm, "synth": run_synth, "convert": run_convert, "train": run_train,
-            "bench": run_bench}
+            "bench": run_bench, "perplexity": run_perplexity}
 
 # %% ../nbs/30_cli.ipynb #f5b88743
 def main(argv: list[str] | None = None) -> int:

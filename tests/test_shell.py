@@ -15,6 +15,7 @@ import pytest
 
 from llama_nb import __version__, cli, load
 from llama_nb.chat import Conversation
+from llama_nb.checkpoint import bard_folder
 from llama_nb.cli import main
 from llama_nb.generation import Stream
 from llama_nb.library import with_context
@@ -74,10 +75,14 @@ def test_no_second_begin_token(loaded, capsys):
     assert answer_of(capsys, "generate", "-m", "bard", "-p", "<s>To be", "-n", "1")["prompt_tokens"] == len(loaded.tokenizer.encode("To be"))
 
 
-def written(tokenizer, text, stop):
+def written(tokenizer, text, stop, allow_special=True):
     "What a stream shows when the model writes just this."
-    script, prompt = tokenizer.encode(text, allow_special=True, add_bos=False), tokenizer.encode("x")
-    def advance(ids): return np.eye(tokenizer.vocab_size, dtype="float32")[script[len(ids) - len(prompt)]]
+    script, prompt = tokenizer.encode(text, allow_special=allow_special, add_bos=False), tokenizer.encode("x")
+
+    def advance(ids):
+        logits = np.zeros(tokenizer.vocab_size, "float32")
+        logits[script[len(ids) - len(prompt)]] = 9
+        return logits
     stream = Stream(advance, tokenizer, 99, prompt, len(script), Sampler(temperature=0), stop)
     return "".join(stream), stream.finish_reason
 
@@ -94,9 +99,7 @@ def test_stop_finds_special_tokens(smollm2, text, stop, expected):
 
 
 def test_stop_finds_their_letters_too(smollm2):
-    ids = smollm2.tokenizer.encode("<|endoftext|> and on")
-    stream = Stream(lambda seen: np.eye(smollm2.tokenizer.vocab_size, dtype="float32")[ids[len(seen) - 1]], smollm2.tokenizer, 99, [5], len(ids), Sampler(temperature=0), ["<|endoftext|>"])
-    assert ("".join(stream), stream.finish_reason) == ("", "stop")
+    assert written(smollm2.tokenizer, " so<|endoftext|> and on", ["<|endoftext|>"], allow_special=False) == (" so", "stop")
 
 
 # Prompts, options, paths.
@@ -112,7 +115,7 @@ def test_a_text_is_the_same_from_windows(loaded, capsys, stdin, empty_folder):
 
 
 @pytest.mark.parametrize("arguments, names", [(["-f", "nowhere.txt"], "nowhere.txt: cannot be read"), (["-f", "."], "cannot be read"), (["-f", "x", "-p", "y"], "not allowed with"),
-                                              (["-f", "latin.txt"], "latin.txt should be UTF-8, found byte 0xfc at 1"), (["-f", "empty.txt"], "empty.txt: the prompt should have")])
+                                              (["-f", "latin.txt"], "latin.txt should be UTF-8, found byte 0xfc at 1"), (["-f", "empty.txt"], "the prompt should have")])
 def test_files_that_are_no_prompt(arguments, names, capsys):
     Path("latin.txt").write_bytes("müde".encode("latin-1")), Path("empty.txt").write_bytes(b"\xef\xbb\xbf\r\n")
     assert main(["generate", "-m", "bard", *arguments]) == 2
@@ -123,8 +126,8 @@ def test_files_that_are_no_prompt(arguments, names, capsys):
 def test_texts_that_begin_with_a_dash(loaded, capsys):
     found = answer_of(capsys, "generate", "-m", "bard", "-p", "---", "-n", "2", "--stop", "---", "--stop", "-n")
     assert found["prompt_tokens"] == len(loaded.tokenizer.encode("---"))
-    parsed = cli.make_parser().parse_args(["chat", "--system", "--json", "--stop", "-p", "--prompt", "--", "-t", "1"])
-    assert (parsed.system, parsed.stop, parsed.prompt, parsed.threads, parsed.json) == ("--json", ["-p"], "--", 1, False)
+    parsed = cli.make_parser().parse_args(["chat", "--system", "--json", "--stop", "-p", "--prompt", "--x", "-t", "1"])
+    assert (parsed.system, parsed.stop, parsed.prompt, parsed.threads, parsed.json) == ("--json", ["-p"], "--x", 1, False)
     assert main(["generate", "-p"]) == 2 and "expected one argument" in capsys.readouterr().err
 
 
@@ -264,6 +267,80 @@ def test_the_editor_is_imported_only_at_a_terminal():
     code = "import sys; from llama_nb.cli import main; main(['chat', '-p', 'Hi', '-n', '1']); print({'prompt_toolkit', 'tensorflow', 'keras'} & set(sys.modules), file=sys.stderr)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | dict(PYTHONPATH=str(ROOT)))
     assert done.stderr.endswith("set()\n"), done.stderr
+
+
+# Perplexity.
+
+@pytest.fixture(scope="module")
+def theirs(tmp_path_factory):
+    "bard in transformers, and the perplexity that its documentation computes with strides."
+    transformers, torch = (pytest.importorskip(name, reason=f"{name} is not installed: the extra [parity]") for name in ("transformers", "torch"))
+    folder = tmp_path_factory.mktemp("theirs") / "bard"
+    assert main(["convert", "bard", str(folder), "--to", "hf"]) == 0
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+
+    def measure(ids, window, stride):
+        total, count, before = 0.0, 0, 0
+        for begin in range(0, len(ids), stride):
+            end = min(begin + window, len(ids))
+            inputs = torch.tensor([ids[begin:end]])
+            labels = inputs.clone()
+            labels[:, :before - end] = -100
+            with torch.no_grad(): loss = model(inputs, labels=labels).loss.item()
+            new = int((labels[:, 1:] != -100).sum())
+            total, count, before = total + loss * new, count + new, end
+            if end == len(ids): break
+        return total / count
+    return measure
+
+
+@pytest.mark.parametrize("window, stride", [(256, None), (256, 100), (64, 63), (200, 7)])
+def test_perplexity_equals_transformers(theirs, bard, monkeypatch, capsys, window, stride):
+    text = (bard_folder().parent / "macbeth.txt").read_text(encoding="utf-8")[:1500]
+    Path("text.txt").write_bytes(b"\xef\xbb\xbf" + text.replace("\n", "\r\n").encode())
+    ids, options = bard.tokenizer.encode(text), ["--stride", str(stride)] if stride else []
+    expected = theirs(ids, window, stride or window // 2)
+    small = type(bard)(bard.model, bard.tokenizer, with_context(bard.config, window), bard.path)
+    small.decoder = bard.decoder
+    for llm, tolerance in ((small, 1e-5), (load("bard", context_length=window), 0.01)):
+        monkeypatch.setattr(cli, "load", lambda *_, **__: llm)
+        assert main(["perplexity", "bard", "text.txt", "--json", *options]) == 0
+        found = json.loads(capsys.readouterr().out)
+        assert found["perplexity"] == pytest.approx(np.exp(expected), rel=tolerance) and found["tokens"] == len(ids) and found["bytes"] == len(text.encode())
+        assert found["bits_per_byte"] == pytest.approx(expected / np.log(2) * (len(ids) - 1) / len(text.encode()), rel=tolerance)
+
+
+@pytest.mark.parametrize("arguments, names", [(["--stride", "256"], "stride should be a whole number from 1 to 255"), (["--stride", "0"], "--stride"), ([], "nowhere.txt: cannot be read")])
+def test_perplexity_refuses(loaded, capsys, arguments, names):
+    if arguments: Path("nowhere.txt").write_text("To be, or not to be")
+    assert main(["perplexity", "bard", "nowhere.txt", *arguments]) == 2
+    err = capsys.readouterr().err
+    assert names in err and err.count("\n") == 1
+
+
+# Training on texts of any shape.
+
+CHINESE = "".join(chr(0x4E00 + int(index ** 1.1) * 7 % 3000) for index in range(9000))
+
+
+@pytest.mark.parametrize("text", [CHINESE, "To be, or not to be, that is the question " * 400, "x" * 20_000 + " rare: ☃", "".join(map(chr, range(0x4E00, 0x4E00 + 5000))) * 2])
+def test_a_tokenizer_learns_from_every_line(text):
+    pytest.importorskip("sentencepiece", reason="sentencepiece is not installed: the extra [train]")
+    from llama_nb.tokenizer import TokenizerError
+    from llama_nb.training import lines_to_learn, train_tokenizer
+    from llama_nb.vocabularies import SentencePieceTokenizer
+    lines = list(lines_to_learn([text], 512))
+    assert max(len(line.encode()) for line in lines) <= 4192 and (len(set(text)) > 126 or "".join(lines) == text)
+    try: tokenizer = SentencePieceTokenizer(train_tokenizer([text], 512), by_hand=True)
+    except TokenizerError as error: return [re.fullmatch(r"the text is too short for a vocabulary of 512 pieces, it has \d+", str(error)), len(set(text)) < 126][0] or pytest.fail(str(error))
+    assert tokenizer.decode(tokenizer.encode(text)) == text and len(tokenizer.encode(text)) < len(text.encode())
+
+
+def test_training_on_one_chinese_line(capsys):
+    pytest.importorskip("sentencepiece", reason="sentencepiece is not installed: the extra [train]")
+    Path("texts.txt").write_bytes(b"\xef\xbb\xbf" + CHINESE.encode())
+    assert main("train texts.txt it --preset infant --minutes 0.01 --json".split()) == 0
+    assert 1 < json.loads(capsys.readouterr().out)["bits_per_byte"] < 9
 
 
 # Two threads.
