@@ -6,7 +6,6 @@ __all__ = ['split_blocks', 'Stage', 'connect', 'Pipeline', 'PipelineDecoder', 'R
 # %% ../nbs/28_pipeline.ipynb #mv4f087b
 import collections, dataclasses, logging, os, socket
 from collections.abc import Mapping, Sequence
-from functools import cached_property
 
 import numpy as np
 
@@ -329,16 +328,17 @@ class PipelineDecoder(Decoder):
     def last_logits(self, ids: Sequence[int], count: int) -> np.ndarray:
         check_length(ids, self.context_length)
         first = len(ids) - count
-        while True:
-            try:
-                *ahead, _ = new_passes({0: list(ids[:first + 1])}, [self.cached_ids])
-                self.cached_ids = self.cached_ids[:first]
-                for one in ahead: self.pipeline.send(*one)
-                self.cached_ids = list(ids[:first])
-                return super().last_logits(ids, count)
-            except StageLost as lost:
-                self.forget()
-                self.pipeline.renew(str(lost))
+        with self.lock:
+            while True:
+                try:
+                    *ahead, _ = new_passes({0: list(ids[:first + 1])}, [self.cached_ids])
+                    self.cached_ids = self.cached_ids[:first]
+                    for one in ahead: self.pipeline.send(*one)
+                    self.cached_ids = list(ids[:first])
+                    return super().last_logits(ids, count)
+                except StageLost as lost:
+                    self.forget()
+                    self.pipeline.renew(str(lost))
 
 # %% ../nbs/28_pipeline.ipynb #66d9efc1
 def write_in_flight(pipeline: Pipeline, streams: Sequence[Stream]) -> list[str]:
@@ -383,8 +383,9 @@ def write_in_flight(pipeline: Pipeline, streams: Sequence[Stream]) -> list[str]:
 class RayLlama(LiteRTLlama):
     "A `Llama` whose engine is a `Pipeline`. As a context manager it closes it."
 
-    @cached_property
-    def decoder(self) -> Decoder: return PipelineDecoder(self.engine)
+    def __init__(self, pipeline: Pipeline, *about):
+        super().__init__(pipeline, *about)
+        self.decoder = PipelineDecoder(pipeline)
 
     def write(self, streams: Sequence[Stream]) -> list[str]:
         if len(streams) == 1: return super().write(streams)

@@ -5,8 +5,9 @@ __all__ = ['fetch_shakespeare', 'split_plays', 'train_tokenizer', 'encode_texts'
            'surprise_in_windows', 'bits_per_byte', 'dropping', 'train', 'train_bard', 'train_corpus']
 
 # %% ../nbs/23_training.ipynb #mve6df76
-import dataclasses, functools, io, json, math, shutil, tarfile, time, zipfile, zlib
-from collections.abc import Callable
+import dataclasses, functools, io, json, math, re, shutil, tarfile, time, zipfile, zlib
+from collections import Counter
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -59,6 +60,18 @@ def split_plays(texts: dict[str, str]) -> tuple[list[str], list[str]]:
         texts[title] for title in HELD_OUT]
 
 # %% ../nbs/23_training.ipynb #774bddf9
+def lines_to_learn(texts: list[str], vocab_size: int, most: int = 1000) -> Iterator[str]:
+    """The lines of texts, in pieces of at most so many characters, without the characters that
+    a vocabulary of this size has no room for."""
+    text = "".join(texts)
+    common = Counter(text).most_common()
+    rare = common[(vocab_size - 259) // 2:]
+    text = text.translate(dict.fromkeys((ord(character) for character, _ in rare), "\n"))
+    for line in text.splitlines():
+        if len(line) <= most: yield line
+        else: yield from re.findall(rf".{{1,{most}}}(?!\S)|.{{1,{most}}}", line)
+
+# %% ../nbs/23_training.ipynb #3736f978
 def train_tokenizer(texts: list[str], vocab_size: int) -> bytes:
     """A `tokenizer.model` of LLaMA's kind: byte pairs, byte fallback, single digits (Touvron et
     al. 2023, section 2.1)."""
@@ -70,13 +83,15 @@ def train_tokenizer(texts: list[str], vocab_size: int) -> bytes:
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter("".join(texts).splitlines()), model_writer=model,
+            sentence_iterator=lines_to_learn(texts, vocab_size), model_writer=model,
             vocab_size=vocab_size, model_type="bpe", byte_fallback=True, split_digits=True,
             normalization_rule_name="identity", remove_extra_whitespaces=False,
             allow_whitespace_only_pieces=True, minloglevel=2)
-    except RuntimeError:
-        raise TokenizerError(
-            f"the text is too short for a vocabulary of {vocab_size} pieces") from None
+    except RuntimeError as error:
+        if least := re.search(r"too high .*<= (\d+)", str(error)):
+            raise TokenizerError(f"the text is too short for a vocabulary of {vocab_size} pieces,"
+                                 f" it has {least[1]}") from None
+        raise TokenizerError(f"sentencepiece can't learn from this text ({error})") from None
     return model.getvalue()
 
 # %% ../nbs/23_training.ipynb #cf084e48
@@ -366,7 +381,7 @@ def read_corpus(path) -> tuple[list[str], list[str]]:
     texts = []
     for file in map(check_file, files):
         try:
-            texts.append(file.read_text(encoding="utf-8"))
+            texts.append(file.read_text(encoding="utf-8-sig"))
         except UnicodeDecodeError as error:
             raise CheckpointError(
                 f"{file}: should be text in UTF-8, found other bytes at {error.start:,}") from None
@@ -402,7 +417,7 @@ def train_corpus(corpus, folder, preset: str = "bard", minutes: float | None = N
     elif minutes is not None:
         steps = int(60 * minutes / seconds_per_step(config, batch_size, dtype))
     else:
-        steps = 10 * sum(map(len, texts)) // 2 // 2048
+        steps = 10 * sum(len(text.encode()) for text in texts) // 2 // 2048
     log = train_folder(folder, config, texts, held_out, max(steps, 20), batch_size, dropout=0.1,
                        seed=seed, dtype=dtype, progress=progress,
                        measure_every=max(steps // 20, 50))

@@ -251,9 +251,9 @@ def test_chat(smollm2, monkeypatch, capsys):
 
 def test_chat_line_by_line(smollm2, monkeypatch, capsys):
     monkeypatch.setattr(cli, "load", lambda name, *_, **__: smollm2)
-    monkeypatch.setattr(sys, "stdin", io.StringIO("Hello!\nAnd what do they eat?\n\n"))
+    monkeypatch.setattr(sys, "stdin", io.StringIO("Hello!\n\nAnd what do they eat?\n"))
     monkeypatch.setattr(sys.stdin, "isatty", lambda: True, raising=False)
-    assert main(["chat", "-n", "4", "--temp", "0"]) == 0
+    assert main(["chat", "-n", "4", "--temp", "0", "--stats"]) == 0
     assert capsys.readouterr().err.count("4 written") == 2
 
 
