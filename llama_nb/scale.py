@@ -13,9 +13,9 @@ from .checkpoint import LlamaConfig
 # %% ../nbs/26_scale.ipynb #8a1eff91
 @dataclasses.dataclass(frozen=True)
 class Machine:
-    """What the arithmetic knows of a machine: the `bandwidth` of its memory (bytes/s), the
-    `overhead` of a block beside its bytes (s), `flops` (operations/s), and the size of its
-    `memory` (bytes)."""
+    """A machine, as the arithmetic sees it: the `bandwidth` of its memory (bytes/s), the
+    `overhead` of a block (s), which is the same however few bytes are read, its `flops`
+    (operations/s), and the size of its `memory` (bytes)."""
     bandwidth: float
     overhead: float = 0.0
     flops: float = math.inf
@@ -49,7 +49,7 @@ def pass_seconds(config: LlamaConfig, bits: float, machine: Machine, sequences: 
 # %% ../nbs/26_scale.ipynb #4c4b026f
 def all_reduce_seconds(link: Link, size: float, devices: int) -> float:
     """Seconds to add up vectors of `size` bytes: two exchanges, in each of which a device sends
-    all the others their share."""
+    every other device its part. A lower bound: a ring takes 2 (devices - 1) steps."""
     return 2 * link.send(size * (devices - 1) / devices) if devices > 1 else 0.0
 
 def tensor_seconds(config: LlamaConfig, bits: float, machine: Machine, link: Link, devices: int,
@@ -63,14 +63,14 @@ def tensor_seconds(config: LlamaConfig, bits: float, machine: Machine, link: Lin
 
 # %% ../nbs/26_scale.ipynb #863191d7
 def lap_seconds(stages: Sequence[float], hop: float, groups: int) -> float:
-    """Seconds for a token of every group, if the stages take so many seconds each: the way
-    itself, or the queue at the slowest stage."""
+    """Seconds for a token of every group, when each stage takes its number of seconds: the way
+    round, or the queue at the slowest stage."""
     return max(sum(stages) + len(stages) * hop, groups * max(stages))
 
 def pipeline_seconds(config: LlamaConfig, bits: float, machine: Machine, link: Link, stages: int,
                      sequences: float = 1, context: int = 0) -> float:
-    """Seconds in which `stages` machines, with some of the blocks each, compute a token for each
-    sequence; these go round in as many groups as there are stages."""
+    """Seconds in which `stages` machines, with an equal share of the blocks each, compute a token
+    for each sequence. The sequences go round in as many groups as there are stages."""
     groups = min(sequences, stages)
     stage = pass_seconds(config, bits, machine, sequences / groups, context) / stages
     hop = link.send(2 * config.dim * sequences / groups) if stages > 1 else 0.0
