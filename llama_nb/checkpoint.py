@@ -29,7 +29,8 @@ def ffn_hidden_dim(dim: int, multiple_of: int = 256,
 @dataclasses.dataclass(frozen=True)
 class LlamaConfig:
     """The numbers that fix a LLaMA's shape. `tied`: the embedding table is the output too.
-    `rope_scaling` and `sliding_window` are options of later models (chapter 11)."""
+    `rope_scaling`, `sliding_window` and `own_head_dim`, the width of a head where it isn't
+    `dim / n_heads`, are options of later models (chapter 11)."""
     dim: int
     n_layers: int
     n_heads: int
@@ -42,9 +43,13 @@ class LlamaConfig:
     tied: bool = False
     rope_scaling: "RopeScaling | None" = None
     sliding_window: int | None = None
+    own_head_dim: int | None = None
 
     @property
-    def head_dim(self) -> int: return self.dim // self.n_heads
+    def head_dim(self) -> int: return self.own_head_dim or self.dim // self.n_heads
+
+    @property
+    def attention_dim(self) -> int: return self.n_heads * self.head_dim
 
     @property
     def n_parameters(self) -> int:
@@ -53,10 +58,11 @@ class LlamaConfig:
     def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
         "Name and shape of every tensor, from the embedding to the output; matrices are (out, in)."
         dim, kv_dim, hidden_dim = self.dim, self.n_kv_heads * self.head_dim, self.hidden_dim
+        q_dim = self.attention_dim
         block = {
             "attention_norm": (dim,),
-            "attention.wq": (dim, dim), "attention.wk": (kv_dim, dim),
-            "attention.wv": (kv_dim, dim), "attention.wo": (dim, dim),
+            "attention.wq": (q_dim, dim), "attention.wk": (kv_dim, dim),
+            "attention.wv": (kv_dim, dim), "attention.wo": (dim, q_dim),
             "ffn_norm": (dim,),
             "feed_forward.w1": (hidden_dim, dim), "feed_forward.w2": (dim, hidden_dim),
             "feed_forward.w3": (hidden_dim, dim)}

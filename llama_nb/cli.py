@@ -4,17 +4,20 @@
 __all__ = ['make_parser', 'main']
 
 # %% ../nbs/30_cli.ipynb #mv75c215
-import argparse, contextlib, dataclasses, json, os, secrets, signal, sys, tempfile
+import argparse, contextlib, dataclasses, json, os, re, secrets, signal, sys, tempfile
 from pathlib import Path
 
+from . import __version__
 from .benchmark import cpu_name, measure_speed, open_llama_cpp, read_bandwidth
 from .benchmark import write_random_gguf
+from .chat import Conversation, split_opening
 from .checkpoint import SIZES, CheckpointError
-from .files import cache_folder, quiet_start
+from .files import cache_folder, quiet_start, read_json, written_whole
 from .gguf import GGUF_DTYPES, write_gguf
 from .hub import find_model, with_lora
 from .huggingface import write_hf
-from .library import BYTES, cached_models, describe, load, remove_cached, unread_bytes
+from .library import BYTES, cached_models, describe, load, perplexity, remove_cached
+from .library import unread_bytes
 from .meta import synth, write_meta
 from .quantization import DTYPES
 from .sampling import GenerationError, Sampler
@@ -26,10 +29,25 @@ from .vocabularies import synth_tokenizer, tokenizer_files
 class UsageError(ValueError):
     "A command line that is none: one line."
 
+MISTAKES = CheckpointError, TokenizerError, GenerationError, UsageError
+
 class Parser(argparse.ArgumentParser):
     "An argument parser that raises its complaints."
     def error(self, message):
         raise UsageError(f"{message} (see {self.prog} --help)")
+
+    def parse_args(self, args=None, namespace=None):
+        return super().parse_args(join_texts(sys.argv[1:] if args is None else args), namespace)
+
+TEXTS = {"-p": "--prompt", "--prompt": "--prompt", "--stop": "--stop", "--system": "--system"}
+
+def join_texts(words: list[str]) -> list[str]:
+    "The words of a command line, each option that takes a text as one word with it."
+    words, joined = iter(words), []
+    for word in words:
+        text = next(words, None) if word in TEXTS else None
+        joined.append(word if text is None else f"{TEXTS[word]}={text}")
+    return joined
 
 # %% ../nbs/30_cli.ipynb #cb82921d
 def whole(least: int):
@@ -48,12 +66,13 @@ def some_text(text: str) -> str:
     return text
 
 # %% ../nbs/30_cli.ipynb #9252b73a
-def model_options() -> Parser:
-    "Which model, and in what form."
+def model_options(named: bool = True) -> Parser:
+    "Which model, if it is named by an option, and in what form."
     options = Parser(add_help=False)
     add = options.add_argument
-    add("-m", "--model", default="smollm2-135m-instruct",
-        help="a preset, a folder, a file, or owner/name on the Hub (default: %(default)s)")
+    if named:
+        add("-m", "--model", type=os.path.expanduser, default="smollm2-135m-instruct",
+            help="a preset, a folder, a file, or owner/name on the Hub (default: %(default)s)")
     add("-c", "--context-length", type=whole(1), metavar="TOKENS",
         help="room for prompt and continuation (default: the model's own, at most 2048)")
     add("--dtype", choices=[*DTYPES, *BYTES],
@@ -69,7 +88,11 @@ def sampling_options() -> Parser:
     "What to continue, and how."
     options, default = Parser(add_help=False), Sampler()
     add = options.add_argument
-    add("-p", "--prompt", type=some_text, help="the text to go on from (default: standard input)")
+    given = options.add_mutually_exclusive_group()
+    given.add_argument("-p", "--prompt", type=some_text,
+                       help="the text to go on from (default: standard input)")
+    given.add_argument("-f", "--file", type=os.path.expanduser,
+                       help="a file with that text, in UTF-8")
     add("-n", "--max-new-tokens", type=whole(1), metavar="TOKENS",
         help="at most so many (default: until the model ends or the context is full)")
     add("--temp", "--temperature", dest="temperature", type=float, default=default.temperature,
@@ -81,7 +104,7 @@ def sampling_options() -> Parser:
         help="1 is none (default: %(default)s)")
     add("-s", "--seed", type=whole(0), help="the same seed gives the same text")
     add("--stop", type=some_text, action="append", default=[], metavar="TEXT",
-        help="end before this text; may be repeated")
+        help="end before this text or special token; may be repeated")
     add("-t", "--threads", type=whole(1), help=THREADS)
     add("--lora", metavar="ADAPTER",
         help="add this adapter to the model: a folder of peft's, or owner/name on the Hub")
@@ -106,7 +129,8 @@ def add_writers(commands) -> None:
     "The commands that write models: synth, convert, train."
     random = commands.add_parser(
         "synth", help="write a checkpoint with random weights, in Meta's layout")
-    random.add_argument("folder", help="where to: an empty or new folder")
+    random.add_argument(
+        "folder", type=os.path.expanduser, help="where to: an empty or new folder")
     random.add_argument(
         "--like", default="7B", help=f"one of {', '.join(SIZES)} (default: %(default)s)")
     random.add_argument("--layers", type=whole(1), help="fewer layers than the original")
@@ -115,9 +139,11 @@ def add_writers(commands) -> None:
     random.add_argument("--json", action="store_true", help="print one JSON object")
     convert = commands.add_parser(
         "convert", help="write a model anew: quantized for the fast engine, or in another form")
-    convert.add_argument("source", help="a preset, a folder, a file, or owner/name on the Hub")
+    convert.add_argument("source", type=os.path.expanduser,
+                         help="a preset, a folder, a file, or owner/name on the Hub")
     convert.add_argument(
         "folder",
+        type=os.path.expanduser,
         help=("where to: a new folder (with --to gguf a new file), or one with the beginning of the"
               " same conversion to litert"),
     )
@@ -133,9 +159,11 @@ def add_writers(commands) -> None:
                          help="add this adapter first: a folder of peft's, or owner/name")
     convert.add_argument("--json", action="store_true", help="print one JSON object")
     train = commands.add_parser("train", help="train a small model on texts of your own")
-    train.add_argument("corpus", help="a text file, or a folder of them")
     train.add_argument(
-        "folder", help="where to: a new folder, or that of a training that was interrupted")
+        "corpus", type=os.path.expanduser, help="a text file, or a folder of them (*.txt)")
+    train.add_argument(
+        "folder", type=os.path.expanduser,
+        help="where to: a new folder, or that of a training that was interrupted")
     train.add_argument("--preset", default="bard", help="the model's shape (default: %(default)s)")
     train.add_argument(
         "--minutes", type=float, help="about how long (default: about ten passes through the texts)"
@@ -156,24 +184,38 @@ def make_parser() -> argparse.ArgumentParser:
     "The grammar of `llama-nb`."
     parser = Parser(prog="llama-nb",
                     description="LLaMA in TensorFlow and Keras: the package that the book builds.")
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(
         dest="command", required=True, parser_class=Parser, metavar="COMMAND")
     model, sampling = model_options(), sampling_options()
-    commands.add_parser(
+    generate = commands.add_parser(
         "generate", parents=[model, sampling, mesh_options()], help="continue a text")
+    generate.add_argument("--no-special", dest="allow_special", action="store_false",
+                          help="read special tokens in the prompt as plain text")
+    generate.set_defaults(stats=True)
     chat = commands.add_parser(
         "chat", parents=[model, sampling], help="answer a message, or talk line by line")
+    chat.set_defaults(allow_special=False)
+    chat.add_argument("--stats", action="store_true", help="say how each answer went")
     chat.add_argument("--system", help="what the model is told before the conversation")
     info = commands.add_parser("info", parents=[model], help="what a model is, without loading it")
-    info.add_argument("path", nargs="?", help="the same as -m")
+    info.add_argument("path", nargs="?", type=os.path.expanduser, help="the same as -m")
     cached = commands.add_parser("list", help="what the cache holds: fetched, converted, packed")
     cached.add_argument("--json", action="store_true", help="print one JSON object")
     freed = commands.add_parser("rm", help="free what the cache holds of a model")
-    freed.add_argument("name", help="as list shows it, or all")
+    freed.add_argument("name", type=os.path.expanduser, help="as list shows it, or all")
     freed.add_argument("--json", action="store_true", help="print one JSON object")
     add_writers(commands)
+    measured = commands.add_parser("perplexity", parents=[model_options(named=False)],
+                                   help="measure how well a model predicts a text")
+    measured.add_argument("path", metavar="model", type=os.path.expanduser,
+                          help="a preset, a folder, a file, or owner/name on the Hub")
+    measured.add_argument("text", type=os.path.expanduser, help="a file of text, in UTF-8")
+    measured.add_argument("--stride", type=whole(1), metavar="TOKENS",
+                          help="how far apart the windows begin (default: half the context)")
+    measured.add_argument("-t", "--threads", type=whole(1), help=THREADS)
     bench = commands.add_parser("bench", parents=[model], help="measure a model's speed")
-    bench.add_argument("path", nargs="?", help="the same as -m")
+    bench.add_argument("path", nargs="?", type=os.path.expanduser, help="the same as -m")
     bench.add_argument("--vs", choices=["llama.cpp"], help="measure it beside this")
     bench.add_argument(
         "-t", "--threads", type=whole(1), help=THREADS)
@@ -181,18 +223,29 @@ def make_parser() -> argparse.ArgumentParser:
 
 # %% ../nbs/30_cli.ipynb #e7189017
 def read_prompt(arguments) -> str:
-    "The prompt of `-p`, else standard input without its last line break."
-    if arguments.prompt is not None:
-        return arguments.prompt
-    data = sys.stdin.buffer.read()
-    try:
-        text = data.decode("utf-8").removesuffix("\n")
-    except UnicodeDecodeError as error:
-        found = f"byte {data[error.start]:#04x} at {error.start}"
-        raise UsageError(f"standard input should be UTF-8, found {found}") from None
-    if not text:
+    "The prompt of `-p`, else the text of `-f` or standard input without its last line break."
+    if arguments.prompt is not None: return arguments.prompt
+    if arguments.file is not None:
+        text = read_file(arguments.file)
+    else:
+        text = as_text("standard input", sys.stdin.buffer.read() if sys.stdin else b"")
+    if not (text := text.removesuffix("\n")):
         raise UsageError("the prompt should have at least one token, found none")
     return text
+
+def read_file(path: str) -> str:
+    "The text in a file."
+    try: return as_text(path, Path(path).read_bytes())
+    except OSError as error:
+        raise UsageError(f"{path}: cannot be read ({error.strerror})") from None
+
+def as_text(place: str, data: bytes) -> str:
+    """UTF-8 as text; a byte-order mark is left out, and the line breaks of Windows become plain
+    ones."""
+    try: return data.decode("utf-8").removeprefix("\ufeff").replace("\r\n", "\n")
+    except UnicodeDecodeError as error:
+        found = f"byte {data[error.start]:#04x} at {error.start}"
+        raise UsageError(f"{place} should be UTF-8, found {found}") from None
 
 # %% ../nbs/30_cli.ipynb #b8b7bb08
 def sampling_of(arguments) -> dict:
@@ -218,9 +271,39 @@ def load_for(arguments):
         llm.tokenizer.encode("")
     return llm
 
-def stream_for(llm, prompt, arguments):
-    "The continuation that the command line asks for."
-    return llm.stream(prompt, arguments.max_new_tokens, arguments.stop, **sampling_of(arguments))
+def options_of(arguments) -> dict:
+    "What `stream` is asked for beside the prompt."
+    return dict(max_new_tokens=arguments.max_new_tokens, stop=arguments.stop,
+                allow_special=arguments.allow_special) | sampling_of(arguments)
+
+# %% ../nbs/30_cli.ipynb #36419e27
+class OutputError(Exception):
+    "Standard output cannot be written."
+
+class Output:
+    "A text stream whose failures are OutputError, or BrokenPipeError where nobody reads any more."
+    def __init__(self, stream): self.stream = stream
+
+    def __getattr__(self, name: str): return getattr(self.stream, name)
+
+    def write(self, text: str) -> int:
+        with self.failing(): return self.stream.write(text)
+
+    def flush(self) -> None:
+        with self.failing(): self.stream.flush()
+
+    @contextlib.contextmanager
+    def failing(self):
+        try: yield
+        except OSError as error:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+            if isinstance(error, BrokenPipeError): raise
+            raise OutputError(f"standard output cannot be written ({error.strerror})") from None
+
+def tell(line: str) -> None:
+    "A line on standard error; where that cannot be written, there is nobody to tell."
+    with contextlib.suppress(OutputError, BrokenPipeError):
+        print(line, file=Output(sys.stderr), flush=True)
 
 # %% ../nbs/30_cli.ipynb #b5c8270d
 def held_back(tokenizer: Tokenizer, stream, shown: str) -> str:
@@ -241,9 +324,9 @@ def noticing_interrupts(stream):
     finally: signal.signal(signal.SIGINT, before)
 
 # %% ../nbs/30_cli.ipynb #5e1f0c2a
-def show_stream(llm, stream, as_json: bool) -> str:
-    "Prints a continuation as it comes, then how it went; returns its text."
-    pieces = []
+def show_stream(llm, stream, arguments) -> str:
+    "Prints a continuation as it comes, then, if asked, how it went; returns its text."
+    pieces, as_json = [], arguments.json
     with noticing_interrupts(stream) as pressed:
         try:
             for piece in stream.steps:
@@ -261,7 +344,9 @@ def show_stream(llm, stream, as_json: bool) -> str:
         print(json.dumps(dict(text=text) | report), flush=True)
     else:
         print(flush=True)
-        print(format_report(report, llm.config.context_length), file=sys.stderr)
+        if arguments.stats: tell(format_report(report))
+        if stream.finish_reason == "context":
+            tell(f"the context of {llm.config.context_length} tokens is full; {MORE}")
     return text
 
 # %% ../nbs/30_cli.ipynb #2037dc88
@@ -287,20 +372,16 @@ def as_size(count: int) -> str:
     "Bytes for people to read."
     return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.0f} MB"
 
-def format_report(report: dict, context_length: int) -> str:
-    "The report as a line, and a hint where the context was the limit."
+MORE = "--context-length gives more where the model has more"
+
+def format_report(report: dict) -> str:
+    "The report as a line."
     line = (f"{report['prompt_tokens']} tokens read in {report['prefill_seconds']:.2f} s,"
             f" {report['new_tokens']} written")
     if report["tokens_per_second"]:
         line += f", {report['tokens_per_second']:.1f} tokens/s"
-    line += (f" ({report['finish_reason']}); {report['dtype']}; peak memory"
-             f" {as_size(report['peak_memory_bytes'])}; {report['path']}")
-    if report["finish_reason"] == "context":
-        line += (
-            f"\nthe context of {context_length} tokens is full; --context-length gives more where"
-            " the model has more"
-        )
-    return line
+    return (f"{line} ({report['finish_reason']}); {report['dtype']}; peak memory"
+            f" {as_size(report['peak_memory_bytes'])}; {report['path']}")
 
 # %% ../nbs/30_cli.ipynb #eae5f937
 def run_generate(arguments) -> str | None:
@@ -313,9 +394,9 @@ def run_generate(arguments) -> str | None:
 
 def show_text(llm, prompt: str, arguments) -> str | None:
     "Prints a prompt and its continuation; returns why it ended."
-    stream = stream_for(llm, prompt, arguments)
+    stream = llm.stream(prompt, **options_of(arguments))
     if not arguments.json: print(prompt, end="", flush=True)
-    show_stream(llm, stream, arguments.json)
+    show_stream(llm, stream, arguments)
     return stream.finish_reason
 
 # %% ../nbs/30_cli.ipynb #15mesh01
@@ -324,12 +405,11 @@ def run_on_mesh(arguments) -> str | None:
     what it computes."""
     prompt = None if arguments.process else read_prompt(arguments)
     llm = load_for(arguments)
-    asked = dict(prompt=prompt, max_new_tokens=arguments.max_new_tokens, stop=arguments.stop,
-                 **sampling_of(arguments))
+    asked = dict(prompt=prompt) | options_of(arguments)
     if asked["seed"] is None: asked["seed"] = secrets.randbits(32)
     vars(arguments).update(llm.party.share(asked))
     if arguments.process:
-        stream = stream_for(llm, arguments.prompt, arguments)
+        stream = llm.stream(arguments.prompt, **options_of(arguments))
         for _ in stream.steps: pass
         reason = stream.finish_reason
     else:
@@ -339,27 +419,92 @@ def run_on_mesh(arguments) -> str | None:
 
 # %% ../nbs/30_cli.ipynb #101cb5c6
 def run_chat(arguments) -> str | None:
-    """Answers one message (`-p`, or standard input), or on a terminal one a line; returns why
-    the last answer ended."""
-    talking = arguments.prompt is None and sys.stdin.isatty()
-    messages = read_lines() if talking else [read_prompt(arguments)]
-    llm, reason = load_for(arguments), None
-    history = [dict(role="system", content=arguments.system)] if arguments.system else []
-    for message in messages:
-        history.append(dict(role="user", content=message))
-        stream = stream_for(llm, llm.chat_ids(history), arguments)
-        history.append(dict(role="assistant", content=show_stream(llm, stream, arguments.json)))
-        reason = stream.finish_reason
-    return None if talking else reason
+    """Answers one message (`-p`, `-f`, or standard input), or on a terminal one a line; returns
+    why the last answer ended."""
+    given = arguments.prompt is not None or arguments.file is not None
+    talking = not given and sys.stdin is not None and sys.stdin.isatty()
+    message = None if talking else read_prompt(arguments)
+    talk = Conversation(load_for(arguments))
+    talk.instruct(arguments.system or "")
+    return converse(talk, arguments) if talking else answer(talk, message, arguments)
 
-def read_lines():
-    "One message a line, until an empty one, Ctrl-D or Ctrl-C."
-    print("One message a line; an empty line or Ctrl-D ends.", file=sys.stderr)
+def answer(talk: Conversation, message: str, arguments) -> str:
+    "Shows the answer to a message; returns why it ended."
+    stream = talk.ask(message, **options_of(arguments))
+    if talk.left:
+        turns = "turn" if talk.left == 1 else f"{talk.left} turns"
+        tell(f"the conversation has outgrown the context of {talk.llm.config.context_length}"
+             f" tokens: the model goes on without the oldest {turns}; {MORE}")
+    text = show_stream(talk.llm, stream, arguments)
+    if text or stream.finish_reason != "interrupted": talk.keep(text)
+    return stream.finish_reason
+
+# %% ../nbs/30_cli.ipynb #02d845cd
+def clear(talk: Conversation, _: str) -> None:
+    "/clear: forgets the conversation except the system message"
+    talk.begin(split_opening(talk.messages)[0])
+
+def system(talk: Conversation, text: str) -> None:
+    "/system TEXT: what the model is told from here on; without TEXT, nothing"
+    talk.instruct(text)
+
+def save(talk: Conversation, file: str) -> None:
+    "/save FILE: writes the whole conversation into a file"
+    if not file: raise UsageError("/save needs the name of a file")
+    text = json.dumps(dict(messages=talk.messages), ensure_ascii=False, indent=1)
+    with written_whole(Path(file).expanduser()) as part: part.write_text(text, encoding="utf-8")
+    tell(f"{len(talk.messages)} messages written to {file}")
+
+def load_messages(talk: Conversation, file: str) -> None:
+    "/load FILE: goes on from a conversation in a file"
+    if not file: raise UsageError("/load needs the name of a file")
+    messages = read_json(path := Path(file).expanduser()).get("messages")
+    if not isinstance(messages, list) or not all(
+        isinstance(message, dict) and set(message) == {"role", "content"}
+        and all(isinstance(value, str) for value in message.values()) for message in messages):
+        raise CheckpointError(f'{path}: a file of {{"messages": [...]}} was expected, each message'
+                              ' {"role": "...", "content": "..."}')
+    talk.begin(messages)
+    tell(f"{len(messages)} messages read from {file}")
+
+def stop_talking(*_) -> None:
+    "/quit: ends, as the end of input does"
+    raise EOFError
+
+def show_help(*_) -> None:
+    "/help: these lines"
+    for command in TALK.values(): tell(command.__doc__)
+
+TALK = dict(clear=clear, system=system, save=save, load=load_messages, quit=stop_talking,
+            help=show_help)
+
+# %% ../nbs/30_cli.ipynb #12c735b7
+def line_reader():
+    "A function that reads what is typed: with an editor, if standard error is a terminal as well."
+    def read():
+        print("> ", end="", file=sys.stderr, flush=True)
+        return input()
+    if not sys.stderr.isatty(): return read
+    from prompt_toolkit import PromptSession
+    from prompt_toolkit.output import create_output
+    return PromptSession("> ", output=create_output(sys.stderr)).prompt
+
+def converse(talk: Conversation, arguments) -> None:
+    "Answers what is typed until /quit, the end of input or Ctrl-C; a blank line does nothing."
+    tell("/help lists the commands; /quit or Ctrl-D ends.")
+    read = line_reader()
     with contextlib.suppress(EOFError, KeyboardInterrupt):
         while True:
-            print("> ", end="", file=sys.stderr, flush=True)
-            if not (message := input()): return
-            yield message
+            if (line := read()).strip():
+                try: respond(talk, line, arguments)
+                except MISTAKES as error: tell(f"llama-nb: {error}")
+
+def respond(talk: Conversation, line: str, arguments) -> None:
+    "Answers a message, or obeys a command."
+    command = re.fullmatch(r"/([a-z]+)(?:\s+(.*))?", line, re.DOTALL)
+    if not command: answer(talk, line, arguments)
+    elif command[1] in TALK: TALK[command[1]](talk, command[2] or "")
+    else: raise UsageError(f"/{command[1]}: no such command; /help lists them")
 
 # %% ../nbs/30_cli.ipynb #a1925c7e
 def run_info(arguments) -> None:
@@ -434,7 +579,8 @@ def as_hf(target, checkpoint, tokenizer, progress):
 
 
 def as_gguf(target, checkpoint, tokenizer, progress, dtype=None):
-    write_gguf(target, checkpoint, gguf_vocabulary(tokenizer), progress, dtype)
+    vocabulary = gguf_vocabulary(tokenizer, checkpoint.config.vocab_size)
+    write_gguf(target, checkpoint, vocabulary, progress, dtype)
 
 
 WRITERS = {"meta": as_meta, "hf": as_hf, "gguf": as_gguf}
@@ -472,6 +618,20 @@ def run_train(arguments) -> None:
         " held out"
     )
     print(json.dumps(report) if arguments.json else line, flush=True)
+
+# %% ../nbs/30_cli.ipynb #666fba91
+def run_perplexity(arguments) -> None:
+    "Measures how well a model predicts a text."
+    text = read_file(arguments.text)
+    with quiet_start():
+        llm = load(arguments.path, arguments.dtype, arguments.context_length, arguments.threads)
+        llm.tokenizer.encode("")
+    found = perplexity(llm, text, arguments.stride, progress=sys.stderr.isatty())
+    found |= dict(path=str(llm.path), dtype=llm.dtype)
+    if arguments.json: return print(json.dumps(found), flush=True)
+    print(f"{found['bits_per_byte']:.4f} bits per byte, perplexity {found['perplexity']:.4f}"
+          f" ({found['tokens']:,} tokens, {found['bytes']:,} bytes); {found['dtype']};"
+          f" {found['path']}", flush=True)
 
 # %% ../nbs/30_cli.ipynb #mv7c3c3a
 def run_bench(arguments) -> None:
@@ -516,22 +676,27 @@ def run_bench(arguments) -> None:
 # %% ../nbs/30_cli.ipynb #f134de93
 COMMANDS = {"generate": run_generate, "chat": run_chat, "info": run_info, "list": run_list,
             "rm": run_rm, "synth": run_synth, "convert": run_convert, "train": run_train,
-            "bench": run_bench}
+            "bench": run_bench, "perplexity": run_perplexity}
 
-# %% ../nbs/30_cli.ipynb #mv5ac584
+# %% ../nbs/30_cli.ipynb #f5b88743
 def main(argv: list[str] | None = None) -> int:
-    """The command line `llama-nb`. Returns 0, 2 for a user's mistake (one line says which), or
-    130 after Ctrl-C."""
+    """The command line `llama-nb`. Returns 0, 2 for a user's mistake or a full disk (one line
+    says which), or 130 after Ctrl-C."""
+    output = sys.stdout and Output(sys.stdout)
     try:
-        if hasattr(sys.stdout, "reconfigure"): sys.stdout.reconfigure(errors="replace")
-        arguments = make_parser().parse_args(argv)
-        os.environ["KERAS_BACKEND"] = "tensorflow"
-        return 130 if COMMANDS[arguments.command](arguments) == "interrupted" else 0
-    except (CheckpointError, TokenizerError, GenerationError, UsageError) as error:
-        print(f"llama-nb: {error}", file=sys.stderr)
+        if hasattr(output, "reconfigure"): output.reconfigure(errors="replace")
+        with contextlib.redirect_stdout(output):
+            try:
+                arguments = make_parser().parse_args(argv)
+                os.environ["KERAS_BACKEND"] = "tensorflow"
+                reason = COMMANDS[arguments.command](arguments)
+            finally:
+                if output: output.flush()
+        return 130 if reason == "interrupted" else 0
+    except (*MISTAKES, OutputError) as error:
+        tell(f"llama-nb: {error}")
         return 2
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0

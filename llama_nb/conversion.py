@@ -21,13 +21,14 @@ from .engine import block_tensors, cache_bytes, control_groups, fitted_program, 
 from .engine import padded_hidden, program_shapes
 from .files import FileCheckpoint, cache_folder, check_file, reading, sha256, written_whole
 from .generation import Decoder, Stream, check_length
-from .gguf import add_fields
+from .gguf import part_names
+from .hub import with_lora
 from .positions import RopeScaling, check_config
 from .quantization import BLOCK, DTYPES, Quantized, pack_int4, quantize_tensor
 from .quantization import unpack_int4
 from .sampling import GenerationError, check_number
 from .tokenizer import Tokenizer
-from .vocabularies import gguf_vocabulary, open_with_tokenizer
+from .vocabularies import open_with_tokenizer, tokenizer_files
 
 # %% ../nbs/21_conversion.ipynb #a28fac11
 def place_weight(tensor, graph, buffer_of: Callable, name: str, weight) -> None:
@@ -144,7 +145,8 @@ def block_pass(
     "A block in float32, on rows (tokens, dim) of one text; and the rows that go into each matrix."
     count = len(x)
     into_qkv = normed(x, weights["attention_norm"], config.norm_eps)
-    qkv, mixed = into_qkv @ weights["wqkv"].T, np.empty_like(x)
+    qkv = into_qkv @ weights["wqkv"].T
+    mixed = np.empty((count, config.attention_dim), np.float32)
     cache = Cache(dataclasses.replace(config, n_layers=1, context_length=count), 1)
     CachedAttention(qkv, np.zeros(count, np.int32), np.arange(count, dtype=np.int32), *angles,
                     mixed, cache.shape, config.sliding_window or count).run(cache.addresses[0])
@@ -310,29 +312,34 @@ def check_disk(folder: Path, needed: int) -> None:
             f"{folder}: {needed / 1e9:.2f} GB of disk are needed, {free / 1e9:.2f} GB are free")
 
 # %% ../nbs/21_conversion.ipynb #d345cb9b
-def write_tokenizer(tokenizer: Tokenizer, path: Path) -> None:
-    "A GGUF file without tensors, of a tokenizer."
-    import gguf
-    with written_whole(path) as part, contextlib.closing(gguf.GGUFWriter(part, "llama")) as writer:
-        add_fields(writer, gguf_vocabulary(tokenizer))
-        writer.write_header_to_file(), writer.write_kv_data_to_file()
+def write_tokenizer(tokenizer: Tokenizer, folder: Path) -> list[str]:
+    "Writes the files from which `load_tokenizer` makes the same again; returns their names."
+    files = tokenizer_files(tokenizer)
+    for name, content in files.items():
+        with written_whole(folder / name) as part: part.write_bytes(content)
+    return list(files)
 
 # %% ../nbs/21_conversion.ipynb #262c18a9
 def source_states(path: Path) -> dict[str, list[int]]:
     "The source's files with their sizes and times."
-    found = sorted(path.iterdir()) if path.is_dir() else [path]
+    found = (sorted(path.iterdir()) if path.is_dir() else
+             [path.with_name(name) for name in part_names(path.name)])
     return {file.name: [file.stat().st_size, file.stat().st_mtime_ns] for file in found
             if file.is_file()}
+
+def sources(path: Path, lora: Path | None = None) -> dict:
+    "What a conversion is made of: a checkpoint, perhaps with an adapter; paths and files."
+    def found(path): return dict(path=str(path.resolve()), source=source_states(path))
+    return found(path) | ({"lora": found(lora)} if lora else {})
 
 def versions() -> dict[str, str]:
     "The versions of what writes a conversion."
     return {name: importlib.metadata.version(name) for name in ("llama_nb", "ai-edge-litert")}
 
-def describe_job(source: Path, checkpoint, dtype: str) -> dict:
+def describe_job(source: Path, checkpoint, dtype: str, lora: Path | None = None) -> dict:
     "What is converted, and by what: a conversion goes on only if all of this is the same."
-    return dict(
+    return sources(source, lora) | dict(
         format=FORMAT, dtype=dtype, config=dataclasses.asdict(checkpoint.config),
-        path=str(source.resolve()), source=source_states(source),
         versions=versions(),
         tensors={name: [list(tensor.shape), tensor.stored] for name, tensor in checkpoint.items()})
 
@@ -347,14 +354,14 @@ def steady_checkpoint(checkpoint: Checkpoint) -> Checkpoint:
 
 def check_blocks(path: Path, config: LlamaConfig, dtype: str) -> None:
     "Refuses a width that doesn't divide into the blocks of int4."
-    if dtype == "int4" and config.dim % BLOCK:
-        raise CheckpointError(
-            f"{path}: dim should be a multiple of {BLOCK} for int4, found {config.dim}; int8"
-            " takes any"
-        )
+    if dtype != "int4": return
+    for name, width in (("dim", config.dim), ("n_heads * head_dim", config.attention_dim)):
+        if width % BLOCK:
+            raise CheckpointError(f"{path}: {name} should be a multiple of {BLOCK} for int4, "
+                                  f"found {width}; int8 takes any")
 
 # %% ../nbs/21_conversion.ipynb #3adfc197
-FORMAT = 3
+FORMAT = 4
 
 # %% ../nbs/21_conversion.ipynb #2c2221cb
 def states(paths: Iterable[Path]) -> dict[str, list[int]]:
@@ -393,8 +400,9 @@ def rounding(read: Callable, config: LlamaConfig, folder: Path, dtype: str) -> f
     return math.sqrt(sum(errors) / sum(sizes))
 
 # %% ../nbs/21_conversion.ipynb #mvd013dd
-def convert(source, folder, dtype: str = "int8", progress: bool = False) -> Path:
-    """Writes a checkpoint as quantized LiteRT programs, `dtype` int8 or int4, a block at a time.
+def convert(source, folder, dtype: str = "int8", progress: bool = False, lora=None) -> Path:
+    """Writes a checkpoint as quantized LiteRT programs, `dtype` int8 or int4, a block at a time;
+    with `lora`, the folder of an adapter, its matrices with that added (chapter 15).
 
     Files appear whole, the manifest last. If it is interrupted, the same call goes on where it
     was. A model whose positions follow the length of the text (chapter 11's dynamic kind) gets
@@ -403,10 +411,12 @@ def convert(source, folder, dtype: str = "int8", progress: bool = False) -> Path
         raise GenerationError(f"dtype should be {' or '.join(DTYPES)}, found {dtype!r}")
     source, folder = Path(source).expanduser(), Path(folder).expanduser()
     checkpoint, tokenizer = open_with_tokenizer(source)
+    lora = Path(lora).expanduser() if lora else None
+    if lora: checkpoint = with_lora(checkpoint, lora)
     checkpoint = steady_checkpoint(checkpoint)
     config = checkpoint.config
     check_blocks(source, config, dtype)
-    sizes, job = file_sizes(config, dtype), describe_job(source, checkpoint, dtype)
+    sizes, job = file_sizes(config, dtype), describe_job(source, checkpoint, dtype, lora)
     ids = tokenizer.encode(calibration_text())[:min(config.context_length, CALIBRATION)]
     with alone_in(folder):
         begin(folder, job, sizes)
@@ -419,9 +429,9 @@ def convert(source, folder, dtype: str = "int8", progress: bool = False) -> Path
                 with reading(folder / name), written_whole(folder / name) as part: write(part)
             bar.update(sizes[name])
         bar.close()
-        write_tokenizer(tokenizer, folder / "tokenizer.gguf")
+        names = [*write_tokenizer(tokenizer, folder), *sizes]
         files = {name: dict(bytes=(folder / name).stat().st_size, sha256=sha256(folder / name))
-                 for name in ("tokenizer.gguf", *sizes)}
+                 for name in names}
         content = job | dict(files=files, rounding=rounding(checkpoint.read, config, folder, dtype))
         with written_whole(folder / "manifest.json") as part:
             part.write_text(to_json(content | dict(digest=digest(content))))
@@ -501,11 +511,11 @@ def open_dequantized(model: Converted) -> Checkpoint:
     """A converted model as a checkpoint of float32 tensors, for the Keras model: the same
     function in exact arithmetic."""
     config = dataclasses.replace(model.config, tied=False)
-    hidden, (dim, kv) = padded_hidden(config), (config.dim, config.n_kv_heads * config.head_dim)
+    hidden, q, kv = padded_hidden(config), config.attention_dim, config.n_kv_heads * config.head_dim
     table = np.load(model.path / "tok_embeddings.npy", mmap_mode="r")
-    places = {"attention_norm": ("attention_norm", np.s_[:]), "attention.wq": ("wqkv", np.s_[:dim]),
-              "attention.wk": ("wqkv", np.s_[dim : dim + kv]),
-              "attention.wv": ("wqkv", np.s_[dim + kv :]), "attention.wo": ("wo", np.s_[:]),
+    places = {"attention_norm": ("attention_norm", np.s_[:]), "attention.wq": ("wqkv", np.s_[:q]),
+              "attention.wk": ("wqkv", np.s_[q : q + kv]),
+              "attention.wv": ("wqkv", np.s_[q + kv :]), "attention.wo": ("wo", np.s_[:]),
               "ffn_norm": ("ffn_norm", np.s_[:]),
               "feed_forward.w1": ("w13", np.s_[: config.hidden_dim]),
               "feed_forward.w3": ("w13", np.s_[hidden : hidden + config.hidden_dim]),
@@ -683,11 +693,15 @@ TOGETHER = 8
 def open_source(model: Converted) -> Checkpoint:
     """What a model was converted from. Where that is gone, or has been changed since, the model's
     own weights, dequantized; a line on standard error says so."""
-    path = Path(model.manifest["path"])
-    if path.exists() and source_states(path) == model.manifest["source"]:
-        return open_with_tokenizer(path)[0]
-    print(f"{model.path}: {path}, which it was converted from, is gone or has changed; its own"
-          f" {model.dtype} weights take the place of those", file=sys.stderr)
+    path, adapter = Path(model.manifest["path"]), model.manifest.get("lora")
+    lora = Path(adapter["path"]) if adapter else None
+    found = sources(path, lora)
+    if path.exists() and all(found[key] == model.manifest[key] for key in found):
+        checkpoint = open_with_tokenizer(path)[0]
+        return with_lora(checkpoint, lora) if lora else checkpoint
+    print(f"{model.path}: {path}{f' or {lora}' if lora else ''}, which it was converted from, is"
+          f" gone or has changed; its own {model.dtype} weights take the place of those",
+          file=sys.stderr)
     return open_dequantized(model)
 
 # %% ../nbs/21_conversion.ipynb #aabd6a1c
@@ -700,6 +714,7 @@ class LiteRTLlama(ChatLlama):
                  converted: Converted | None = None):
         self.engine, self.tokenizer, self.config = engine, tokenizer, engine.config
         self.path, self.converted = path, converted
+        self.decoder = Decoder(engine.step, engine.config.context_length, ROWS)
 
     @property
     def dtype(self) -> str: return self.converted.dtype
@@ -711,9 +726,6 @@ class LiteRTLlama(ChatLlama):
         config = dataclasses.replace(
             checkpoint.config, context_length=self.config.context_length)
         return load_weights(build_model(config, "float32", "zeros"), checkpoint)
-
-    @functools.cached_property
-    def decoder(self) -> Decoder: return Decoder(self.engine.step, self.config.context_length, ROWS)
 
     def stream(self, prompt: str | Sequence[int], max_new_tokens: int | None = None,
                stop: str | Sequence[str] = (), prompt_lookup_num_tokens: int = 0,

@@ -5,8 +5,8 @@ __all__ = ['block_programs', 'compile_programs', 'fitted_program', 'block_tensor
            'cache_bytes', 'CachedAttention', 'Blocks', 'Engine']
 
 # %% ../nbs/19_cpu_7b.ipynb #mvd00a7f
-import contextlib, ctypes, functools, hashlib, importlib.metadata, importlib.resources, math, os
-import sys, tempfile, types
+import contextlib, ctypes, dataclasses, functools, hashlib, importlib.metadata, importlib.resources
+import math, os, sys, tempfile, types
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -25,14 +25,14 @@ def block_programs(config: LlamaConfig) -> dict[str, Callable]:
         return (x * tf.math.rsqrt(tf.reduce_mean(tf.square(x), -1, keepdims=True) + config.norm_eps)
                 * weight)
     def product(x, matrix): return tf.matmul(x, matrix, transpose_b=True)
-    def rows(x): return tf.reshape(x, (-1, config.dim))
+    def rows(x, width=config.dim): return tf.reshape(x, (-1, width))
     def flat(x): return tf.reshape(x, (-1,))
 
     def before(x, attention_norm, wqkv):
         return dict(qkv=flat(product(norm(rows(x), attention_norm), wqkv)))
 
     def after(x, mixed, wo, ffn_norm, w13, w2):
-        x = rows(x) + product(rows(mixed), wo)
+        x = rows(x) + product(rows(mixed, config.attention_dim), wo)
         gate, up = tf.split(product(norm(x, ffn_norm), w13), 2, axis=-1)
         return dict(y=flat(x + product(tf.nn.silu(gate) * up, w2)))
 
@@ -50,8 +50,8 @@ def program_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
     "The shapes of the weights that the programs take; `wqkv` and `w13` are joined."
     dim, hidden = config.dim, padded_hidden(config)
     qkv = (config.n_heads + 2 * config.n_kv_heads) * config.head_dim
-    return dict(attention_norm=(dim,), wqkv=(qkv, dim), wo=(dim, dim), ffn_norm=(dim,),
-                w13=(2 * hidden, dim), w2=(dim, hidden), norm_weight=(dim,),
+    return dict(attention_norm=(dim,), wqkv=(qkv, dim), wo=(dim, config.attention_dim),
+                ffn_norm=(dim,), w13=(2 * hidden, dim), w2=(dim, hidden), norm_weight=(dim,),
                 output=(config.vocab_size, dim))
 
 # %% ../nbs/19_cpu_7b.ipynb #18b5be61
@@ -82,11 +82,14 @@ def compile_programs(config: LlamaConfig, names: Sequence[str]) -> bytes:
 # %% ../nbs/19_cpu_7b.ipynb #5b694d8c
 PATTERN = LlamaConfig(dim=1000, n_layers=1, n_heads=10, n_kv_heads=1, hidden_dim=640,
                       vocab_size=7000, norm_eps=0.5)
+PATTERNS = dict(block=PATTERN, head=PATTERN,
+                own_heads=dataclasses.replace(PATTERN, own_head_dim=90))
 
 def sizes_in_programs(config: LlamaConfig) -> list[int]:
     "Each size that a program holds."
     shapes = program_shapes(config)
-    return [config.dim, shapes["wqkv"][0], *shapes["w13"][:1], shapes["w2"][1], config.vocab_size]
+    return [config.attention_dim, config.dim, shapes["wqkv"][0], shapes["w13"][0],
+            shapes["w2"][1], config.vocab_size]
 
 # %% ../nbs/19_cpu_7b.ipynb #e8cc1e8c
 def fitted_program(name: str, config: LlamaConfig) -> bytes:
@@ -94,9 +97,10 @@ def fitted_program(name: str, config: LlamaConfig) -> bytes:
     of this model: what `compile_programs` would give, without TensorFlow."""
     import flatbuffers
     from ai_edge_litert import schema_py_generated as schema
+    if name == "block" and config.own_head_dim: name = "own_heads"
     file = importlib.resources.files("llama_nb") / "data" / "programs" / f"{name}.tflite"
     model = schema.ModelT.InitFromPackedBuf(bytearray(file.read_bytes()), 0)
-    sizes = dict(zip(sizes_in_programs(PATTERN), sizes_in_programs(config)))
+    sizes = dict(zip(sizes_in_programs(PATTERNS[name]), sizes_in_programs(config)))
 
     def fit(numbers): numbers[:] = [sizes.get(number, number) for number in numbers.tolist()]
     for tensor in (tensor for graph in model.subgraphs for tensor in graph.tensors):
@@ -153,7 +157,7 @@ def new_rows(config: LlamaConfig) -> Rows:
     """Rows for the longest passes, of `ROWS` tokens; `first(count)` takes as many of them as a
     pass needs."""
     qkv = (config.n_heads + 2 * config.n_kv_heads) * config.head_dim
-    widths = dict(x=config.dim, qkv=qkv, mixed=config.dim, logits=config.vocab_size)
+    widths = dict(x=config.dim, qkv=qkv, mixed=config.attention_dim, logits=config.vocab_size)
     return Rows(
         {name: aligned(ROWS * width).reshape(ROWS, width) for name, width in widths.items()})
 

@@ -4,7 +4,7 @@
 __all__ = ['LayerCache', 'common_prefix', 'Decoder', 'cached_decoder', 'Stream', 'Llama']
 
 # %% ../nbs/09_generation.ipynb #mva0d9e1
-import functools, time
+import functools, threading, time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -12,7 +12,7 @@ import numpy as np
 
 from .checkpoint import LlamaConfig
 from .sampling import GenerationError, Sampler, check_number
-from .tokenizer import Tokenizer
+from .tokenizer import Tokenizer, split_at
 
 # %% ../nbs/09_generation.ipynb #d10f243f
 class LayerCache:
@@ -65,12 +65,14 @@ def check_length(ids: Sequence[int], context_length: int) -> None:
 class Decoder:
     """Knows what the cache of a `step` holds, and computes only what is new. A long prompt is
     computed in chunks of `chunk` tokens, which bounds the memory. A text of more than `steady`
-    tokens is computed whole each time (`RopeScaling.steady_length`)."""
+    tokens is computed whole each time (`RopeScaling.steady_length`). Threads take turns: whoever
+    holds `lock` computes."""
 
     def __init__(self, step: Callable, context_length: int, chunk: int = 256,
                  steady: int | None = None):
         self.step, self.context_length, self.chunk = step, context_length, chunk
         self.steady, self.cached_ids = context_length if steady is None else steady, []
+        self.lock = threading.RLock()
 
     def forget(self) -> None:
         "Declares the cache void: the next text is computed whole."
@@ -84,17 +86,19 @@ class Decoder:
         "The logits (count, vocab) after each of the last `count` of `ids`."
         ids, rows, first = list(ids), [], len(ids) - count
         check_length(ids, self.context_length)
-        steady = len(ids) <= self.steady
-        known = min(common_prefix(ids, self.cached_ids), first) if steady else 0
-        chunk = self.chunk if steady else len(ids)
-        self.cached_ids = ids[:known]
-        for start in range(known, len(ids), chunk):
-            end = min(start + chunk, len(ids))
-            last = max(end - max(start, first), 1)
-            logits = self.step(np.array([ids[start:end]], "int32"), np.int32(start), np.int32(last))
-            if steady: self.cached_ids = ids[:end]
-            if end > first: rows.append(np.asarray(logits))
-        return np.concatenate(rows)
+        with self.lock:
+            steady = len(ids) <= self.steady
+            known = min(common_prefix(ids, self.cached_ids), first) if steady else 0
+            chunk = self.chunk if steady else len(ids)
+            self.cached_ids = ids[:known]
+            for start in range(known, len(ids), chunk):
+                end = min(start + chunk, len(ids))
+                last = max(end - max(start, first), 1)
+                new = np.array([ids[start:end]], "int32")
+                logits = self.step(new, np.int32(start), np.int32(last))
+                if steady: self.cached_ids = ids[:end]
+                if end > first: rows.append(np.asarray(logits))
+            return np.concatenate(rows)
 
 # %% ../nbs/09_generation.ipynb #b781475d
 def cached_decoder(model: "keras.Model", config: LlamaConfig, chunk: int = 256) -> Decoder:
@@ -114,6 +118,17 @@ def split_at_stop(text: str, stop: Sequence[str]) -> tuple[str, str, bool]:
              if text.endswith(string[:size]))
     shown = len(text) - max(begun, default=0)
     return text[:shown], text[shown:], False
+
+# %% ../nbs/09_generation.ipynb #361c4d03
+def stop_marks(tokenizer: Tokenizer, stop: Sequence[str]) -> tuple[list[str], dict[int, str]]:
+    """The stop strings, and once more those that name special tokens, with a mark for each; and
+    the marks by id."""
+    special = tokenizer.special_ids
+    cut = [split_at(special, string) for string in stop]
+    named = dict.fromkeys(special[part] for parts in cut for part in parts if part in special)
+    marks = {id: chr(0xD800 + rank) for rank, id in enumerate(named)}
+    marked = ["".join(marks.get(special.get(part), part) for part in parts) for parts in cut]
+    return list(dict.fromkeys([*stop, *marked])), marks
 
 # %% ../nbs/09_generation.ipynb #b192577b
 class Stream:
@@ -156,23 +171,28 @@ class Stream:
 def write_steps(stream: Stream, tokenizer: Tokenizer, stop: Sequence[str]) -> Iterator[str]:
     "The loop of a stream: for each new id, the text that can be shown (perhaps none)."
     text, pending = tokenizer.stream(stream.prompt_ids), ""
+    stop, marks = stop_marks(tokenizer, stop)
+    hidden = dict.fromkeys(map(ord, marks.values()))
     while stream.finish_reason is None:
         id = stream.next_id()
         if id in tokenizer.stop_ids: stream.finish_reason = "end"
         else:
             stream.new_ids.append(id)
-            pending += text.push(id)
+            pending += marks.get(id) or text.push(id)
             if len(stream.new_ids) == stream.limit: stream.finish_reason = stream.limit_reason
         if stream.finish_reason: pending += text.finish()
         piece, pending, stopped = split_at_stop(pending, stop)
         if stopped: stream.finish_reason = "stop"
         elif stream.finish_reason: piece += pending
-        yield piece
+        yield piece.translate(hidden)
 
 # %% ../nbs/09_generation.ipynb #bf21a18e
-def check_prompt(prompt: str | Sequence[int], tokenizer: Tokenizer, context_length: int):
+def check_prompt(prompt: str | Sequence[int], tokenizer: Tokenizer, context_length: int,
+                 allow_special: bool = False):
     "The ids of a prompt (text or ids): at least one, and fewer than the context holds."
-    ids = tokenizer.encode(prompt) if isinstance(prompt, str) else tokenizer.check_ids(prompt)
+    is_text = isinstance(prompt, str)
+    ids = (tokenizer.encode(prompt, allow_special=allow_special) if is_text
+           else tokenizer.check_ids(prompt))
     if len(prompt) == 0 or not ids:
         raise GenerationError("the prompt should have at least one token, found none")
     if len(ids) >= context_length:
@@ -209,14 +229,16 @@ class Llama:
     def decoder(self) -> Decoder: return cached_decoder(self.model, self.config)
 
     def stream(self, prompt: str | Sequence[int], max_new_tokens: int | None = None,
-               stop: str | Sequence[str] = (), **sampling) -> Stream:
+               stop: str | Sequence[str] = (), allow_special: bool = False,
+               **sampling) -> Stream:
         """The continuation of a prompt, piece by piece. `sampling`: the fields of `Sampler`.
-        `stop`: texts before which the continuation ends."""
+        `stop`: texts or special tokens before which the continuation ends. Special tokens in the
+        prompt are plain text unless `allow_special`."""
         if max_new_tokens is not None:
             check_number("max_new_tokens", max_new_tokens, int, lambda value: value >= 1,
                          "a whole number, 1 or more")
         sampler, stop, room = Sampler(**sampling), check_stop(stop), self.config.context_length
-        ids = check_prompt(prompt, self.tokenizer, room)
+        ids = check_prompt(prompt, self.tokenizer, room, allow_special)
         check_rows(ids, self.tokenizer, self.config.vocab_size)
         return Stream(
             self.decoder.advance, self.tokenizer, room, ids, max_new_tokens, sampler, stop)
@@ -224,11 +246,12 @@ class Llama:
     def generate(self, prompt: str | Sequence[int] | list[str], max_new_tokens: int | None = None,
                  stop: str | Sequence[str] = (), **sampling) -> str | list[str]:
         """The continuation of a prompt as one text; for a list of prompts, a list. Arguments as
-        for `stream`."""
+        for `stream`. Another thread that asks meanwhile waits for the end."""
         several = isinstance(prompt, list) and not all(
             isinstance(id, (int, np.integer)) for id in prompt)
         prompts = prompt if several else [prompt]
-        texts = self.write([self.stream(one, max_new_tokens, stop, **sampling) for one in prompts])
+        streams = [self.stream(one, max_new_tokens, stop, **sampling) for one in prompts]
+        with self.decoder.lock: texts = self.write(streams)
         return texts if several else texts[0]
 
     def write(self, streams: Sequence[Stream]) -> list[str]:

@@ -4,15 +4,15 @@
 __all__ = ['read_gguf', 'gguf_metadata', 'open_gguf', 'write_gguf']
 
 # %% ../nbs/14_gguf.ipynb #mv29724c
-import contextlib, dataclasses, functools, math, struct
+import collections, contextlib, dataclasses, functools, math, re, struct
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
 
 from .checkpoint import FLOATS, Checkpoint, CheckpointError, LazyTensor, LlamaConfig
-from .files import FileCheckpoint, check_file, check_room, check_size, counted, once
-from .files import reading, renamed, stored_bytes, their_names, written_whole
+from .files import FileCheckpoint, check_file, check_room, check_size, counted, finite
+from .files import once, reading, renamed, their_names, written_whole
 from .huggingface import SAFETENSORS
 from .positions import RopeScaling, check_config
 
@@ -101,13 +101,24 @@ class GGUFFile:
     fields: dict[str, object]
     tensors: dict[str, GGUFTensor]
 
-@functools.lru_cache(maxsize=1)
-def parse_gguf(path: Path, changed: int, size: int) -> GGUFFile:
+def check_version(version: int) -> None:
+    "Refuses the versions that cannot be read here, by what they are."
+    if version in (2, 3): return
+    if version == 1:
+        raise CheckpointError("GGUF of version 1, which llama.cpp gave up in 2023: version 2 or 3"
+                              " was expected, so take a newer file, or convert the model anew")
+    if version in (2 << 24, 3 << 24):
+        raise CheckpointError("a big-endian GGUF file, little-endian was expected:"
+                              " gguf-convert-endian FILE little turns it round")
+    raise CheckpointError(f"not a GGUF file of version 2 or 3, found version {version}")
+
+def parse_part(path: Path) -> GGUFFile:
+    "What one file holds."
     with reading(path, "not a GGUF file, or cut short"):
         data = np.memmap(path, np.uint8, "r")
         header = GGUFHeader(data[:2**24].tobytes())
-        if header.take("s", 4) != (b"GGUF",) or header.take("I")[0] not in (2, 3):
-            raise CheckpointError("not a GGUF file of version 2 or 3")
+        if header.take("s", 4) != (b"GGUF",): raise CheckpointError("not a GGUF file")
+        check_version(*header.take("I"))
         n_tensors, n_fields = header.take("Q", 2)
         if max(n_tensors, n_fields) > 10_000:
             raise CheckpointError(f"{n_tensors} tensors and {n_fields} fields were promised, "
@@ -119,15 +130,52 @@ def parse_gguf(path: Path, changed: int, size: int) -> GGUFFile:
         return GGUFFile(fields, {name: gguf_tensor(name, numbers, *place)
                                  for name, place in places.items()})
 
+# %% ../nbs/14_gguf.ipynb #d8a64e99
+def part_names(name: str) -> list[str]:
+    "The names of all files of a model, by the name of any of them."
+    if not (match := re.fullmatch(r"(.+)-\d{5}-of-(\d{5})\.gguf", name)): return [name]
+    return [f"{match[1]}-{number:05}-of-{match[2]}.gguf"
+            for number in range(1, int(match[2]) + 1)] or [name]
+
+def gguf_files(folder: Path) -> list[Path]:
+    "The GGUF models in a folder, each by its file or its first part."
+    return sorted({path.with_name(part_names(path.name)[0]) for path in folder.glob("*.gguf")})
+
+# %% ../nbs/14_gguf.ipynb #ae38fb55
+def check_part(file: GGUFFile, number: int, count: int) -> None:
+    "Refuses a file that is another part than its name says, or a part without the others."
+    found = file.fields.get("split.no", 0), file.fields.get("split.count", 0)
+    if found != (number, count) and not (count == 1 and found[1] in (0, 1)):
+        raise CheckpointError(
+            f"split.no and split.count should be {number} and {count}, as the file's name says,"
+            f" found {found[0]} and {found[1]}; the parts of a model should keep their names, which"
+            " end like -00001-of-00003.gguf, and be in one folder")
+
+@functools.lru_cache(maxsize=1)
+def parse_gguf(parts: tuple[tuple[Path, int, int], ...]) -> GGUFFile:
+    "The model in these files, each given with its time and size; they are its parts, in order."
+    files = {path: parse_part(path) for path, *_ in parts}
+    for number, (path, file) in enumerate(files.items()):
+        with reading(path): check_part(file, number, len(files))
+    with reading(parts[0][0]):
+        tensors = once(item for file in files.values() for item in file.tensors.items())
+    return GGUFFile(files[parts[0][0]].fields, tensors)
+
 # %% ../nbs/14_gguf.ipynb #mvbf90e8
 def read_gguf(path):
-    """A GGUF file's metadata, `fields`, and its tensors, mapped, `tensors`, by their names. Raises
-    CheckpointError."""
-    status = check_file(path).stat()
-    return parse_gguf(Path(path), status.st_mtime_ns, status.st_size)
+    """A GGUF model's metadata, `fields`, and its tensors, mapped, `tensors`, by their names; `path`
+    is its file, or any of its parts. Raises CheckpointError."""
+    path, parts = check_file(path), []
+    for number, name in enumerate(names := part_names(path.name), 1):
+        if not (part := path.with_name(name)).exists():
+            raise CheckpointError(f"{path}: part {number} of {len(names)} is missing: {name} was"
+                                  " expected beside it")
+        status = check_file(part).stat()
+        parts.append((part, status.st_mtime_ns, status.st_size))
+    return parse_gguf(tuple(parts))
 
 def gguf_metadata(path, key: str, default=None):
-    "One metadata field of a GGUF file."
+    "One metadata field of a GGUF model."
     return read_gguf(path).fields.get(key, default)
 
 # %% ../nbs/14_gguf.ipynb #fa67d686
@@ -268,23 +316,46 @@ def gguf_fields(config: LlamaConfig) -> dict:
     if config.rope_scaling is not None: fields |= gguf_scaling_fields(config.rope_scaling)
     return {f"llama.{key}": value for key, value in fields.items()}
 
+# %% ../nbs/14_gguf.ipynb #f337d77f
+GGUF_DTYPES, QUANT_BLOCK = ("f16", "q8_0", "q4_0"), 32
+
 # %% ../nbs/14_gguf.ipynb #8c538cec
-def gguf_tensors(checkpoint: Checkpoint) -> dict[str, LazyTensor]:
-    "A checkpoint's tensors by GGUF's names, vectors in float32, with Llama 3's table if need be."
+def gguf_form(name: str, tensor: LazyTensor, tied: bool, dtype: str | None) -> str:
+    "The GGUF type in which a tensor is written, if the matrices are wanted in `dtype`."
+    if len(tensor.shape) == 1: return "F32"
+    if dtype is None:
+        return next(form for form, name in SAFETENSORS.items() if FLOATS[name] == tensor.dtype)
+    if tensor.shape[-1] % QUANT_BLOCK: return "F16"
+    is_head = name == ("token_embd.weight" if tied else "output.weight")
+    return "Q8_0" if dtype == "q4_0" and is_head else dtype.upper()
+
+def in_form(name: str, read: Callable, form: str) -> np.ndarray:
+    "A tensor's values as they are stored in a GGUF type: numbers, or blocks of bytes."
+    import gguf
+    if form in SAFETENSORS: return finite(name, read(), SAFETENSORS[form])
+    return gguf.quantize(read().astype(np.float32), gguf.GGMLQuantizationType[form])
+
+def gguf_tensors(checkpoint: Checkpoint, dtype: str | None = None) -> dict[str, LazyTensor]:
+    "A checkpoint's tensors by GGUF's names, as they are stored, with Llama 3's table if need be."
     config, found = checkpoint.config, {}
     for name, theirs in their_names(config, GGUF_NAMES, "blk").items():
         tensor, read = checkpoint[name], functools.partial(checkpoint.read, name)
-        if len(tensor.shape) == 1:
-            read, dtype = lambda read=read: read().astype(np.float32), FLOATS["float32"]
-        else:
-            dtype = tensor.dtype
-        found[theirs] = LazyTensor(tensor.shape, dtype, dtype.name, read)
+        form = gguf_form(theirs, tensor, config.tied, dtype)
+        kind = FLOATS[SAFETENSORS.get(form, "float32")]
+        read = functools.partial(in_form, name, read, form)
+        found[theirs] = LazyTensor(tensor.shape, kind, form, read)
     if (scaling := config.rope_scaling) is not None and scaling.kind == "llama3":
         table = llama3_factors(config.head_dim, config.rope_theta, scaling).astype(np.float32)
         found["rope_freqs.weight"] = LazyTensor(table.shape, table.dtype, "F32", lambda: table)
     return found
 
 # %% ../nbs/14_gguf.ipynb #a1a7e30e
+def gguf_bytes(tensor: LazyTensor) -> int:
+    "How many bytes a tensor takes in its GGUF type."
+    import gguf
+    block, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[tensor.stored]]
+    return math.prod(tensor.shape) // block * size
+
 def add_fields(writer, fields: Mapping) -> None:
     "Metadata, through the `gguf` library's writer."
     import gguf
@@ -297,10 +368,9 @@ def put_gguf(writer, fields: Mapping, tensors: Mapping[str, LazyTensor], progres
     "Metadata and tensors, through the same."
     import gguf
     add_fields(writer, fields)
-    forms = {FLOATS[name]: gguf.GGMLQuantizationType[form] for form, name in SAFETENSORS.items()}
     for name, tensor in tensors.items():
-        size, form = stored_bytes(tensor), forms[tensor.dtype]
-        writer.add_tensor_info(name, tensor.shape, tensor.dtype, size, form)
+        form = gguf.GGMLQuantizationType[tensor.stored]
+        writer.add_tensor_info(name, tensor.shape, tensor.dtype, gguf_bytes(tensor), form)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
@@ -308,16 +378,30 @@ def put_gguf(writer, fields: Mapping, tensors: Mapping[str, LazyTensor], progres
         writer.write_tensor_data(np.ascontiguousarray(tensor.read()).view(np.uint8))
 
 # %% ../nbs/14_gguf.ipynb #f471155f
+def file_type(tensors: Mapping[str, LazyTensor]) -> dict[str, int]:
+    "The fields that name the type of most matrices, by llama.cpp's numbers."
+    import gguf
+    kinds = collections.Counter(each.stored for each in tensors.values() if len(each.shape) == 2)
+    (kind, _), = kinds.most_common(1)
+    number = gguf.LlamaFileType["ALL_F32" if kind == "F32" else f"MOSTLY_{kind}"]
+    return {"general.file_type": int(number),
+            "general.quantization_version": gguf.GGML_QUANT_VERSION}
+
+# %% ../nbs/14_gguf.ipynb #6376d972
 def write_gguf(path, checkpoint: Checkpoint, metadata: Mapping[str, object] = {},
-               progress: bool = False) -> None:
-    "Writes a GGUF file; `metadata` holds more fields, such as those of a tokenizer."
+               progress: bool = False, dtype: str | None = None) -> None:
+    """Writes a GGUF file; `metadata` holds more fields, such as those of a tokenizer. `dtype`: of
+    the matrices, f16, q8_0 or q4_0; without it each keeps its own. Raises CheckpointError."""
     import gguf
     path = Path(path)
     with reading(path):
-        fields = gguf_fields(checkpoint.config) | {"tokenizer.ggml.model": "none"} | metadata
-        tensors = gguf_tensors(checkpoint)
+        if dtype not in (None, *GGUF_DTYPES):
+            raise CheckpointError(f"dtype should be {', '.join(GGUF_DTYPES)}, found {dtype!r}")
+        tensors = gguf_tensors(checkpoint, dtype)
+        fields = (gguf_fields(checkpoint.config) | {"tokenizer.ggml.model": "none"}
+                  | file_type(tensors) | metadata)
         if path.exists(): raise CheckpointError("a new file was expected, found one")
-    check_room(path, sum(map(stored_bytes, tensors.values())))
+    check_room(path, sum(map(gguf_bytes, tensors.values())))
     with (reading(path), written_whole(path) as part,
           contextlib.closing(gguf.GGUFWriter(part, "llama")) as writer):
         put_gguf(writer, fields, tensors, progress)

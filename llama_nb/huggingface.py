@@ -268,7 +268,8 @@ def check_not_quantized(folder: Path, found: dict) -> None:
 # %% ../nbs/13_huggingface.ipynb #mv199578
 def open_hf(folder: Path, vocab_size: int | None = None) -> Checkpoint:
     """The checkpoint in a Hugging Face folder: `config.json` and safetensors or pickles, in one
-    file or many. Raises CheckpointError."""
+    file or many. The tokenizer's `vocab_size` may be another than the embedding's. Raises
+    CheckpointError."""
     check_is_model(folder)
     found = read_json(folder / "config.json")
     with reading(folder / "config.json"): check_not_quantized(folder, found)
@@ -279,9 +280,6 @@ def open_hf(folder: Path, vocab_size: int | None = None) -> Checkpoint:
         tensors[table] = tensors.pop(head)
     with reading(folder / "config.json", "the configuration cannot be used"):
         config = check_family(found, tensors)
-        if vocab_size is not None and vocab_size > config.vocab_size:
-            raise CheckpointError(f"vocab_size should be at least the tokenizer's {vocab_size}, "
-                                  f"found {config.vocab_size}")
     ours = renamed(tensors, their_names(config, HF_NAMES, "model.layers"))
     return FileCheckpoint(folder, config, {name: reordered(name, tensor, config, halves_to_adjacent)
                                        for name, tensor in ours.items()})
