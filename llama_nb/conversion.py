@@ -289,7 +289,7 @@ def begin(folder: Path, job: dict, sizes: Mapping[str, int]) -> None:
     """Makes sure that a conversion can begin in a folder, or go on there: the same job, and room
     on the disk."""
     note = folder / "unfinished.json"
-    if (folder / "manifest.json").exists():
+    if (folder / "manifest.json").exists() and not note.exists():
         raise CheckpointError(
             f"{folder}: holds a converted model already; an empty or new folder was expected")
     if note.exists():

@@ -94,7 +94,7 @@ class HandMadeBPE:
         self.ids, self.whole = ids[NORMAL] | ids[USER_DEFINED], ids[USER_DEFINED]
         self.scores = {text: model.pieces[id].score for text, id in ids[NORMAL].items()}
         self.bytes = {int(text[3:5], 16): id for text, id in ids[BYTE].items()}
-        self.unknown = min(ids[UNKNOWN].values())
+        self.unknown = min(ids[UNKNOWN].values(), default=None)
 
     def encode(self, text: str) -> list[int]:
         if not text: return []

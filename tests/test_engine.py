@@ -309,7 +309,7 @@ def test_damaged_models(copy, tiny, converted):
     rewrite(copy, dtype="int8")
     refuses(CheckpointError, "changed by hand", load, copy)
     rewrite(copy, format=99)
-    refuses(CheckpointError, "format 3 was expected, found 99", load, copy)
+    refuses(CheckpointError, "format 4 was expected, found 99", load, copy)
     (copy / "manifest.json").write_text("{")
     refuses(CheckpointError, "not a manifest", load, copy)
     shutil.copy(tiny / "manifest.json", copy)

@@ -88,7 +88,8 @@ def written(tokenizer, text, stop, allow_special=True):
 
 
 @pytest.mark.parametrize("text, stop, expected", [
-    (" so<|endoftext|> and on", ["<|endoftext|>"], (" so", "stop")),
+    (" so<|endoftext|> and on", ["<|endoftext|>"], (" so", "end")),
+        (" so<repo_name> and on", ["<repo_name>"], (" so", "stop")),
     (" so<repo_name> and on", ["User:", "o<repo_name> an"], (" s", "stop")),
     (" so<repo_name> but on", ["o<repo_name> an"], (" so but on", "length")),
     (" so<repo_name>", ["<repo_name> and"], (" so", "length")),
@@ -332,7 +333,9 @@ def test_a_tokenizer_learns_from_every_line(text):
     lines = list(lines_to_learn([text], 512))
     assert max(len(line.encode()) for line in lines) <= 4192 and (len(set(text)) > 126 or "".join(lines) == text)
     try: tokenizer = SentencePieceTokenizer(train_tokenizer([text], 512), by_hand=True)
-    except TokenizerError as error: return [re.fullmatch(r"the text is too short for a vocabulary of 512 pieces, it has \d+", str(error)), len(set(text)) < 126][0] or pytest.fail(str(error))
+    except TokenizerError as error:
+        assert len(set(text)) < 126 and re.fullmatch(r"the text is too short for a vocabulary of 512 pieces, it has \d+", str(error))
+        return
     assert tokenizer.decode(tokenizer.encode(text)) == text and len(tokenizer.encode(text)) < len(text.encode())
 
 
