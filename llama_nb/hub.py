@@ -128,7 +128,7 @@ def fetch(name: str, progress: bool = True) -> Path:
 # %% ../nbs/15_hub.ipynb #077380fd
 SMALL_FILES = (r"(config|generation_config|params|tokenizer|tokenizer_config|special_tokens_map|"
                r"added_tokens|chat_template|adapter_config)\.json|tokenizer\.model|"
-               r"chat_template\.jinja")
+               r"chat_template\.jinja|additional_chat_templates/[^/]+\.jinja")
 
 WEIGHT_FILES = (r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?",
                 r"pytorch_model(-\d+-of-\d+)?\.bin(\.index\.json)?",

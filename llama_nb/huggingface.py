@@ -246,8 +246,8 @@ def check_is_model(folder: Path) -> None:
     if (folder / "config.json").exists(): return
     if (folder / "adapter_config.json").exists():
         base = read_json(folder / "adapter_config.json").get("base_model_name_or_path")
-        raise CheckpointError(f"{folder}: an adapter (PEFT), not a whole model; the model that it "
-                              f"changes is {base}")
+        raise CheckpointError(f"{folder}: an adapter (PEFT), not a whole model; load the model "
+                              f"that it changes, {base}, with --lora {folder}")
     if any(folder.glob("consolidated*.safetensors")):
         raise CheckpointError(f"{folder}: Mistral's own form, consolidated.safetensors; "
                               "model.safetensors (or its shards) and config.json were expected, "

@@ -205,7 +205,7 @@ def test_an_adapters_folder(with_tokenizer, bard_hf, tmp_path):
     (tmp_path / "adapter_config.json").write_text(json.dumps(dict(peft_type="LORA", base_model_name_or_path="somebody/base")))
     if with_tokenizer: shutil.copy(bard_folder() / "tokenizer.model", tmp_path)
     for opener in (open_with_tokenizer, open_checkpoint):
-        assert complaint(opener, tmp_path) == f"{tmp_path}: an adapter (PEFT), not a whole model; the model that it changes is somebody/base"
+        assert complaint(opener, tmp_path) == f"{tmp_path}: an adapter (PEFT), not a whole model; load the model that it changes, somebody/base, with --lora {tmp_path}"
 
 
 def test_mistrals_own_form(bard_hf, tmp_path):
