@@ -242,7 +242,7 @@ class SentencePieceTokenizer(AddedTokenizer):
     def encoder(self) -> HandMadeBPE | TensorFlowTextBPE: return self.make_encoder(self.model)
 
     @functools.cached_property
-    def later_encoder(self) -> HandMadeBPE | TensorFlowTextBPE:
+    def later_encoder(self):
         "The one for the text after a special token."
         return self.encoder if self.spaced else self.make_encoder(
             self.model._replace(dummy_prefix=False))
