@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from .checkpoint import CheckpointError, LlamaConfig
-from .files import cache_folder, quiet_start, written_whole
+from .files import cache_folder, written_whole
 
 # %% ../nbs/19_cpu_7b.ipynb #e3095350
 def block_programs(config: LlamaConfig) -> dict[str, Callable]:
@@ -404,10 +404,11 @@ def loops_library():
     processor, Numba and source."""
     source = importlib.resources.files("llama_nb").joinpath("engine.py").read_bytes()
     versions = [importlib.metadata.version(name) for name in ("numba", "llvmlite")]
-    made_for = hashlib.sha256(repr((source, versions, processor())).encode()).hexdigest()[:16]
+    target = processor()
+    made_for = hashlib.sha256(repr((source, versions, target)).encode()).hexdigest()[:16]
     path = cache_folder() / "compiled" / f"loops-{made_for}.o"
     with contextlib.suppress(OSError, RuntimeError): return opened_loops(path.read_bytes())
-    code = machine_code(*processor())
+    code = machine_code(*target)
     try:
         with written_whole(path) as part: part.write_bytes(code)
     except CheckpointError as error:

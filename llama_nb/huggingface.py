@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .checkpoint import FLOATS, TYPES, Checkpoint, CheckpointError, LazyTensor, LlamaConfig
+from .checkpoint import TYPES, Checkpoint, CheckpointError, LazyTensor, LlamaConfig
 from .files import FileCheckpoint, check_file, check_room, check_size, counted, parse_json
 from .files import read_json, reading, renamed, stored_bytes, their_names, whole_numbers
 from .files import written_whole

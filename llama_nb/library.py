@@ -14,7 +14,7 @@ from .checkpoint import Checkpoint, CheckpointError, LlamaConfig, bard_folder
 from .files import cache_folder, quiet_start, reading
 from .hub import PRESETS, find_model, with_lora
 from .positions import family
-from .quantization import BLOCK, DTYPES
+from .quantization import BLOCK, DTYPES, log_softmax
 from .sampling import GenerationError, check_number
 from .vocabularies import load_tokenizer, open_with_tokenizer
 
@@ -370,10 +370,9 @@ def bits_in_windows(decoder, ids: list[int], window: int, stride: int):
     counted = 1
     for begin in range(0, len(ids), stride):
         end = min(begin + window, len(ids))
-        logits = decoder.last_logits(ids[begin:end - 1], end - counted).astype(np.float64)
-        logits -= logits.max(1, keepdims=True)
-        right = logits[np.arange(len(logits)), ids[counted:end]]
-        yield (np.log(np.exp(logits).sum(1)) - right) / math.log(2)
+        logits = decoder.last_logits(ids[begin:end - 1], end - counted)
+        chances = log_softmax(logits.astype(np.float64))
+        yield -chances[np.arange(len(chances)), ids[counted:end]] / math.log(2)
         counted = end
         if end == len(ids): break
 
